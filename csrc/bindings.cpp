@@ -1,0 +1,79 @@
+// The only file that includes pybind11: one definition per launcher, its argument names, no logic.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "adamw.h"
+#include "cpu/dispatch.h"
+#include "flash_attention.h"
+#include "lora.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+namespace {
+
+// Python passes addresses as integers.
+template <class T>
+using Wire = std::conditional_t<std::is_pointer_v<T>, std::uintptr_t, T>;
+
+template <class T>
+T from_wire(Wire<T> value) {
+  if constexpr (std::is_pointer_v<T>)
+    return reinterpret_cast<T>(value);
+  else
+    return value;
+}
+
+// The launcher of the ISA level in use, callable from Python without the GIL.
+template <size_t Levels, class... Args>
+auto cpu_launcher(void (*const (&levels)[Levels])(Args...)) {
+  return [&levels](Wire<Args>... args) {
+    py::gil_scoped_release release;
+    levels[fusetune::cpu::level()](from_wire<Args>(args)...);
+  };
+}
+
+#ifdef FUSETUNE_WITH_CUDA
+template <class... Args>
+auto cuda_launcher(void (*launch)(Args...)) {
+  return [launch](Wire<Args>... args) { launch(from_wire<Args>(args)...); };
+}
+constexpr bool kWithCuda = true;
+#else
+constexpr bool kWithCuda = false;
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "Launchers of fusetune's compiled kernels; their contracts are the headers in csrc/.";
+  m.attr("with_cuda") = kWithCuda;
+  m.attr("cuda_archs") = FUSETUNE_CUDA_ARCHS;
+  m.attr("compiler") = FUSETUNE_COMPILER;
+
+  m.def("isa", &fusetune::cpu::isa);
+  m.def("isa_built", &fusetune::cpu::isa_built);
+  m.def("isa_available", &fusetune::cpu::isa_available);
+  m.def("set_isa", &fusetune::cpu::set_isa, "level"_a);
+
+  m.def("lora_forward", cpu_launcher(fusetune::cpu::lora_forward), "x"_a, "a"_a, "b"_a, "bias"_a, "y0"_a, "s"_a, "M"_a,
+        "N"_a, "K"_a, "R"_a, "x_row"_a, "scale"_a, "dropout_p"_a, "seed"_a, "dtype"_a, "adapter_dtype"_a, "y_dtype"_a,
+        "threads"_a);
+  m.def("lora_backward", cpu_launcher(fusetune::cpu::lora_backward), "dy"_a, "x"_a, "a"_a, "b"_a, "s"_a, "dx0"_a,
+        "da"_a, "db"_a, "M"_a, "N"_a, "K"_a, "R"_a, "dy_row"_a, "x_row"_a, "scale"_a, "dropout_p"_a, "seed"_a,
+        "dtype"_a, "adapter_dtype"_a, "dx_dtype"_a, "threads"_a);
+
+  m.def("flash_attention_forward", cpu_launcher(fusetune::cpu::flash_attention_forward), "q"_a, "k"_a, "v"_a, "keep"_a,
+        "o"_a, "lse"_a, "B"_a, "H"_a, "Hkv"_a, "Sq"_a, "Sk"_a, "D"_a, "strides"_a, "keep_row"_a, "scale"_a, "causal"_a,
+        "dropout_p"_a, "seed"_a, "dtype"_a, "threads"_a);
+  m.def("flash_attention_backward", cpu_launcher(fusetune::cpu::flash_attention_backward), "grad_o"_a, "q"_a, "k"_a,
+        "v"_a, "keep"_a, "o"_a, "lse"_a, "dq"_a, "dk"_a, "dv"_a, "B"_a, "H"_a, "Hkv"_a, "Sq"_a, "Sk"_a, "D"_a,
+        "strides"_a, "keep_row"_a, "scale"_a, "causal"_a, "dropout_p"_a, "seed"_a, "dtype"_a, "threads"_a);
+
+  m.def("adamw_step", cpu_launcher(fusetune::cpu::adamw_step), "table"_a, "rows"_a, "hypers"_a, "grad_scale"_a,
+        "found_inf"_a, "threads"_a);
+#ifdef FUSETUNE_WITH_CUDA
+  m.def("cuda_adamw_step", cuda_launcher(fusetune::cuda::adamw_step), "table"_a, "rows"_a, "hypers"_a, "grad_scale"_a,
+        "found_inf"_a, "stream"_a);
+#endif
+}

@@ -1,0 +1,202 @@
+// The vector types of one ISA level, and the few operations that the compiler's vector extensions lack.
+//
+// Every source in csrc/cpu/ is compiled once per level with that level's flags and FUSETUNE_LEVEL set, and keeps all
+// it defines inside `namespace fusetune::cpu::FUSETUNE_LEVEL`: a function shared between levels could be linked in
+// its AVX-512 form and kill the process on a lesser CPU. For the same reason no standard-library templates here.
+//
+// Arithmetic, comparison and selection (`mask ? a : b`) are the operators of GCC and Clang vectors, so a kernel is one
+// text for 4, 8 and 16 lanes. With FUSETUNE_EMULATED the 16-lane kernels are built from plain loops instead of
+// AVX-512 instructions: tests run them on any CPU.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../dtype.h"
+#include "../philox.h"
+
+#if !defined(FUSETUNE_EMULATED) && (defined(__AVX2__) || defined(__AVX512F__))
+#include <immintrin.h>
+#define FUSETUNE_X86 1
+#endif
+
+namespace fusetune::cpu::FUSETUNE_LEVEL {
+
+#if defined(FUSETUNE_EMULATED) || defined(__AVX512F__)
+constexpr int W = 16;          // lanes of a vector
+constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+constexpr int kRegisters = 16;
+#else
+constexpr int W = 4;
+constexpr int kRegisters = 16;
+#endif
+
+typedef float f32v __attribute__((vector_size(4 * W)));
+typedef int32_t i32v __attribute__((vector_size(4 * W)));
+typedef uint32_t u32v __attribute__((vector_size(4 * W)));
+typedef uint16_t u16v __attribute__((vector_size(2 * W)));
+
+#define FUSETUNE_INLINE static inline __attribute__((always_inline))
+
+FUSETUNE_INLINE f32v load(const float* p) {
+  f32v v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+FUSETUNE_INLINE void store(float* p, f32v v) { memcpy(p, &v, sizeof v); }
+FUSETUNE_INLINE i32v load(const int32_t* p) {
+  i32v v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+FUSETUNE_INLINE void store(int32_t* p, i32v v) { memcpy(p, &v, sizeof v); }
+
+FUSETUNE_INLINE f32v splat(float x) { return x - f32v{}; }  // x - 0 keeps the sign of -0, 0 + x would not
+FUSETUNE_INLINE i32v splat(int32_t x) { return x - i32v{}; }
+FUSETUNE_INLINE u32v splat(uint32_t x) { return x - u32v{}; }
+
+// First n < W elements of a row; the other lanes are 0 on load and untouched on store.
+FUSETUNE_INLINE f32v load_first(const float* p, int64_t n) {
+  f32v v{};
+  memcpy(&v, p, 4 * n);
+  return v;
+}
+FUSETUNE_INLINE void store_first(float* p, f32v v, int64_t n) { memcpy(p, &v, 4 * n); }
+
+FUSETUNE_INLINE i32v lane_index() {
+  i32v v;
+  for (int i = 0; i < W; i++) v[i] = i;
+  return v;
+}
+
+// The larger of a and b per lane; b where either is NaN.
+FUSETUNE_INLINE f32v max(f32v a, f32v b) {
+#if FUSETUNE_X86 && defined(__AVX512F__)
+  return (f32v)_mm512_max_ps((__m512)a, (__m512)b);
+#elif FUSETUNE_X86
+  return (f32v)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+FUSETUNE_INLINE f32v sqrt(f32v a) {
+#if FUSETUNE_X86 && defined(__AVX512F__)
+  return (f32v)_mm512_sqrt_ps((__m512)a);
+#elif FUSETUNE_X86
+  return (f32v)_mm256_sqrt_ps((__m256)a);
+#else
+  for (int i = 0; i < W; i++) a[i] = __builtin_sqrtf(a[i]);
+  return a;
+#endif
+}
+
+// a b + c with one rounding, whatever -ffp-contract says.
+FUSETUNE_INLINE f32v fma(f32v a, f32v b, f32v c) {
+#if FUSETUNE_X86 && defined(__AVX512F__)
+  return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif FUSETUNE_X86
+  return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  for (int i = 0; i < W; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
+FUSETUNE_INLINE float horizontal_sum(f32v v) {
+  float s = 0;
+  for (int i = 0; i < W; i++) s += v[i];
+  return s;
+}
+FUSETUNE_INLINE float horizontal_max(f32v v) {
+  float m = v[0];
+  for (int i = 1; i < W; i++) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// 2^x for x <= 127, floored at 2^-126; NaN stays NaN. Relative error < 1.2e-7 (swept in tests/test_flash_attention.py).
+// x = n + f, n an integer and |f| <= 1/2: 2^f by its minimax polynomial of degree 6 (2.0e-9), 2^n into the exponent.
+FUSETUNE_INLINE f32v exp2(f32v x) {
+  x = max(splat(-126.0f), x);
+  const f32v shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  f32v n = (x + shift) - shift;
+  f32v f = x - n;
+  f32v p = splat(0x1.41fbbcp-13f);
+  p = p * f + 0x1.5f3e54p-10f;
+  p = p * f + 0x1.3b2d4cp-7f;
+  p = p * f + 0x1.c6aee8p-5f;
+  p = p * f + 0x1.ebfbdcp-3f;
+  p = p * f + 0x1.62e430p-1f;
+  p = p * f + 1.0f;
+  i32v exponent = (i32v)((u32v)__builtin_convertvector(n, i32v) << 23);
+  return (f32v)((i32v)p + exponent);
+}
+
+// The 64-bit products a m per lane, as high and low words.
+FUSETUNE_INLINE void multiply_wide(u32v a, uint32_t m, u32v& high, u32v& low) {
+  low = a * m;
+#if FUSETUNE_X86 && defined(__AVX512F__)
+  __m512i even = _mm512_mul_epu32((__m512i)a, _mm512_set1_epi32(m));
+  __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), _mm512_set1_epi32(m));
+  high = (u32v)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+#elif FUSETUNE_X86
+  __m256i even = _mm256_mul_epu32((__m256i)a, _mm256_set1_epi32(m));
+  __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), _mm256_set1_epi32(m));
+  high = (u32v)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+#else
+  for (int i = 0; i < W; i++) high[i] = (uint64_t)a[i] * m >> 32;
+#endif
+}
+
+// The lower halves of the lanes, which fit.
+FUSETUNE_INLINE u16v narrow(u32v v) {
+#if FUSETUNE_X86 && !defined(__AVX512F__)  // GCC 12 takes the conversion apart lane by lane
+  return (u16v)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+#else
+  return __builtin_convertvector(v, u16v);
+#endif
+}
+
+// bfloat16 is the upper half of a float32; rounding is to nearest, ties to even, and NaN stays NaN.
+FUSETUNE_INLINE f32v from_bfloat16(u16v v) { return (f32v)(__builtin_convertvector(v, u32v) << 16); }
+FUSETUNE_INLINE u16v to_bfloat16(f32v v) {
+  u32v bits = (u32v)v;
+  u32v rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
+  u32v kept = v == v ? rounded : bits | 0x400000u;
+  return narrow(kept >> 16);
+}
+
+FUSETUNE_INLINE f32v from_float16(u16v v) {
+#if FUSETUNE_X86 && defined(__AVX512F__)
+  return (f32v)_mm512_cvtph_ps((__m256i)v);
+#elif FUSETUNE_X86
+  return (f32v)_mm256_cvtph_ps((__m128i)v);
+#else
+  // Shift exponent and fraction into place and rescale by 2^112: this is exact for subnormals too.
+  u32v bits = __builtin_convertvector(v, u32v);
+  u32v magnitude = (bits & 0x7FFFu) << 13;
+  f32v scaled = (f32v)magnitude * 0x1p112f;
+  u32v special = (u32v)(magnitude >= splat(0x7C00u << 13)) & 0x7F800000u;  // infinity and NaN
+  return (f32v)((u32v)scaled | special | (bits & 0x8000u) << 16);
+#endif
+}
+FUSETUNE_INLINE u16v to_float16(f32v v) {
+#if FUSETUNE_X86 && defined(__AVX512F__)
+  return (u16v)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif FUSETUNE_X86
+  return (u16v)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  // Normal results: round the fraction to 10 bits, ties to even. Subnormal results: let an addition at 2^-14 round.
+  u32v sign = (u32v)v & 0x80000000u, magnitude = (u32v)v ^ sign;
+  u32v normal = (magnitude + 0xFFFu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  u32v tiny = (u32v)((f32v)magnitude + 0.5f) - 0x3F000000u;
+  u32v nan = magnitude > splat(0x7F800000u) ? splat(0x7E00u) : splat(0x7C00u);
+  u32v half = magnitude < splat(113u << 23) ? tiny : magnitude >= splat(143u << 23) ? nan : normal;
+  return narrow(half | sign >> 16);
+#endif
+}
+
+}  // namespace fusetune::cpu::FUSETUNE_LEVEL

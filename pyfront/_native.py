@@ -1,0 +1,53 @@
+"""The only importer of the compiled extension: addresses, dtype codes, and why something is missing."""
+
+from __future__ import annotations
+
+import functools
+import os
+from types import ModuleType
+
+import torch  # before the extension: its libgomp is then the process's only OpenMP runtime
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/dtype.h
+
+
+@functools.cache
+def extension() -> ModuleType:
+    """The extension `fusetune._C`, its ISA level set from FUSETUNE_ISA.
+
+    Raises:
+        ImportError: the extension was not built, or not for this Python.
+        ValueError: FUSETUNE_ISA names a level that this build or this CPU lacks.
+    """
+    try:
+        from fusetune import _C
+    except ImportError as error:
+        raise ImportError(
+            f"fusetune: the compiled extension cannot be imported ({error}); reinstall with `pip install fusetune`"
+        ) from error
+    if level := os.environ.get("FUSETUNE_ISA"):
+        _C.set_isa(level)
+    return _C
+
+
+def why_not() -> str | None:
+    """Why the extension cannot be used here, or None."""
+    try:
+        extension()
+    except (ImportError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def address(tensor: Tensor | None) -> int:
+    """The data pointer, 0 for None. The caller keeps the tensor alive until the native call returns."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def code(dtype: torch.dtype) -> int:
+    return DTYPES[dtype]
+
+
+def threads() -> int:
+    return torch.get_num_threads()

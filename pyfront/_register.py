@@ -1,0 +1,30 @@
+"""Registration of an op with torch.library: a schema, one implementation for all devices, and a fake for tracing.
+
+`torch.library.Library` costs 2.5 us a call where `custom_op` costs 17.5; autograd is a torch.autograd.Function outside
+of the op, so that torch.compile sees the op as one node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_library = torch.library.Library("fusetune", "DEF")
+
+
+def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Defines `fusetune::<schema>` and returns its callable.
+
+    Args:
+        schema: in torch's schema language, e.g. `"double(Tensor x) -> Tensor"`.
+        implementation: runs the op on real tensors of any device.
+        fake: allocates outputs of the right shape, strides and dtype, without data.
+    """
+    name = schema.split("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fusetune::{name}", fake, lib=_library)
+    op: Callable[..., Any] = getattr(torch.ops.fusetune, name).default
+    return op

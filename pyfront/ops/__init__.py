@@ -1,0 +1,14 @@
+"""Functional ops. `<op>_reference` is the same in plain torch: the oracle of the tests, and the specification."""
+
+from fusetune.ops.adamw import adamw_step, adamw_step_reference
+from fusetune.ops.flash_attention import flash_attention, flash_attention_reference
+from fusetune.ops.lora import lora_linear, lora_linear_reference
+
+__all__ = [
+    "adamw_step",
+    "adamw_step_reference",
+    "flash_attention",
+    "flash_attention_reference",
+    "lora_linear",
+    "lora_linear_reference",
+]

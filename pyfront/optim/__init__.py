@@ -1,0 +1,3 @@
+from fusetune.optim.adamw import AdamW
+
+__all__ = ["AdamW"]

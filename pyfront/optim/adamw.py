@@ -1,0 +1,78 @@
+"""AdamW with one kernel call per step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from fusetune.ops.adamw import Table
+
+
+class AdamW(torch.optim.AdamW):
+    """Drop-in replacement for torch.optim.AdamW: the same arguments, defaults, state and state_dict.
+
+    `step` updates all parameters of all groups in one parallel region (CPU) or launch (GPU), in the arithmetic of
+    torch's fused implementation (csrc/adamw.h). `foreach` and `fused` select among torch's own implementations and mean
+    nothing here; they are accepted so that scripts and saved states carry over.
+
+    Parameters are float32, bfloat16 or float16, on the CPU or CUDA; a group may mix them. GradScaler's scale is taken
+    inside the kernel, and gradients are left as they are, scaled.
+
+    Raises:
+        NotImplementedError: `capturable` or `differentiable`, or a device without a backend.
+        TypeError: complex or float64 parameters. ValueError and RuntimeError as in torch.
+    """
+
+    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(params, *args, **kwargs)
+        for option in ("capturable", "differentiable"):
+            if any(group[option] for group in self.param_groups):
+                raise NotImplementedError(f"AdamW: {option} must be False, got True; torch.optim.AdamW has it")
+        self._step_supports_amp_scaling = True  # the GradScaler protocol: it sets grad_scale and found_inf
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Performs one step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        tables: dict[torch.device, Table] = {}
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state or state["step"].device != p.device or state["step"].dtype != torch.float32:
+                    self._prepare_state(p, group["amsgrad"])
+                tables.setdefault(p.device, Table()).add(
+                    *(p, p.grad, state["exp_avg"], state["exp_avg_sq"]),
+                    *(state["max_exp_avg_sq"] if group["amsgrad"] else None, state["step"], index),
+                )
+        hypers = [
+            (float(g["lr"]), *map(float, g["betas"]), g["eps"], g["weight_decay"], float(g["maximize"]))
+            for g in self.param_groups
+        ]
+        for device, table in tables.items():
+            table.launch(hypers, device, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        return loss
+
+    def _prepare_state(self, p: Tensor, amsgrad: bool) -> None:
+        """Makes p's state as torch does, or repairs one that was saved by another implementation."""
+        state = self.state[p]
+        step = state.get("step", 0.0)
+        state["step"] = torch.as_tensor(step, dtype=torch.float32, device=p.device)
+        for name in ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ())):
+            if name not in state:
+                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
