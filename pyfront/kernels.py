@@ -1,0 +1,10 @@
+"""The Triton kernels: kernels/*.py, which lie inside of this package in a wheel and beside it in a checkout.
+
+kernels/ has no __init__.py, because a package of that name at the top of a checkout would hide Hugging Face's `kernels`
+from transformers. This module stands for it, and says where its submodules are.
+"""
+
+from pathlib import Path
+
+_here = Path(__file__).parent
+__path__ = [str(folder) for folder in (_here / "kernels", _here.parent / "kernels") if folder.is_dir()][:1]
