@@ -27,57 +27,76 @@ Scalars scalars(const double* hyper, double step, const float* grad_scale) {
   };
 }
 
-// A row of the table, cut into items so that large tensors are shared and small ones go whole to one thread. An item is
-// whole cache lines in every storage type.
+// A row of the table is cut into items, so that large tensors are shared and small ones go whole to one thread; an item
+// is whole cache lines in every storage type.
 constexpr int64_t kItem = 16384;
 
 struct Float32 {
-  float* p;
-  f32v load(int64_t i, int64_t n) const { return n == W ? cpu::FUSETUNE_LEVEL::load(p + i) : load_first(p + i, n); }
-  void store(int64_t i, f32v x, int64_t n) const {
-    n == W ? cpu::FUSETUNE_LEVEL::store(p + i, x) : store_first(p + i, x, n);
+  using Element = float;
+  static Pair load(const float* p) { return load_pair(p); }
+  static void store(float* p, Pair x, bool) { store_pair(p, x); }
+};
+struct BFloat16 {
+  using Element = uint16_t;
+  static Pair load(const uint16_t* p) { return load_pair_bfloat16(p); }
+  static void store(uint16_t* p, Pair x, bool may_be_nan) { store_pair_bfloat16(p, x, may_be_nan); }
+};
+struct Float16 {
+  using Element = uint16_t;
+  static Pair load(const uint16_t* p) { return {load_as_float(p, kFloat16), load_as_float(p + W, kFloat16)}; }
+  static void store(uint16_t* p, Pair x, bool) {
+    store_from_float(p, x.a, kFloat16);
+    store_from_float(p + W, x.b, kFloat16);
   }
 };
-template <int kType>
-struct Half {
-  uint16_t* p;
-  f32v load(int64_t i, int64_t n) const { return load_as_float(p + i, kType, n); }
-  void store(int64_t i, f32v x, int64_t n) const { store_from_float(p + i, x, kType, n); }
-};
 
-template <bool kAmsgrad, class Tensor>
-FUSETUNE_INLINE void update(const Scalars& s, Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq,
-                            Tensor max_sq, int64_t i, int64_t n) {
-  f32v g = grad.load(i, n) * s.sign;
+template <bool kAmsgrad>
+FUSETUNE_INLINE void update(const Scalars& s, f32v g, f32v& p, f32v& m, f32v& v, f32v& max_sq) {
+  g = g * s.sign;
   if (s.grad_scale != 1) g = g / s.grad_scale;
-  f32v p = param.load(i, n) * s.decay;
-  f32v m = exp_avg.load(i, n);
   m = fma(splat(s.beta1_complement), g - m, m);
-  f32v v = fma(s.beta2_complement * g, g, exp_avg_sq.load(i, n) * s.beta2);
-  f32v largest = v;
-  if (kAmsgrad) {
-    largest = max(max_sq.load(i, n), v);
-    max_sq.store(i, largest, n);
-  }
-  p = p + s.negative_step_size * m / (sqrt(largest) / s.sqrt_bias2 + s.eps);
-  param.store(i, p, n);
-  exp_avg.store(i, m, n);
-  exp_avg_sq.store(i, v, n);
+  v = fma(s.beta2_complement * g, g, v * s.beta2);
+  max_sq = kAmsgrad ? max(max_sq, v) : v;
+  p = p * s.decay + s.negative_step_size * m / (sqrt(max_sq) / s.sqrt_bias2 + s.eps);
 }
 
-template <bool kAmsgrad, class Tensor>
+// 2 W elements
+template <bool kAmsgrad, class Type, class Element = typename Type::Element>
+FUSETUNE_INLINE void update_pair(const Scalars& s, const Element* grad, Element* param, Element* exp_avg,
+                                 Element* exp_avg_sq, Element* largest) {
+  Pair g = Type::load(grad), p = Type::load(param), m = Type::load(exp_avg), v = Type::load(exp_avg_sq), max_sq{};
+  if (kAmsgrad) max_sq = Type::load(largest);
+  update<kAmsgrad>(s, g.a, p.a, m.a, v.a, max_sq.a);
+  update<kAmsgrad>(s, g.b, p.b, m.b, v.b, max_sq.b);
+  const bool nan = any_nan(p.a) || any_nan(p.b);  // a NaN anywhere has reached p
+  Type::store(param, p, nan);
+  Type::store(exp_avg, m, nan);
+  Type::store(exp_avg_sq, v, nan);
+  if (kAmsgrad) Type::store(largest, max_sq, nan);
+}
+
+template <bool kAmsgrad, class Type, class Element = typename Type::Element>
 void update_range(const Scalars& s, const int64_t* row, int64_t begin, int64_t end) {
-  auto tensor = [&](AdamwColumn column) { return Tensor{(decltype(Tensor::p))row[column]}; };
-  const Tensor param = tensor(kParam), grad = tensor(kGrad), exp_avg = tensor(kExpAvg), exp_avg_sq = tensor(kExpAvgSq),
-               max_sq = tensor(kMaxSq);
-  int64_t i = begin;
-  for (; i + W <= end; i += W) update<kAmsgrad>(s, param, grad, exp_avg, exp_avg_sq, max_sq, i, W);
-  if (i < end) update<kAmsgrad>(s, param, grad, exp_avg, exp_avg_sq, max_sq, i, end - i);
+  Element* const grad = (Element*)row[kGrad] + begin;
+  Element* const written[] = {(Element*)row[kParam] + begin, (Element*)row[kExpAvg] + begin,
+                              (Element*)row[kExpAvgSq] + begin, (Element*)row[kMaxSq] + begin};
+  const int64_t n = end - begin, whole = n / (2 * W) * (2 * W);
+  for (int64_t i = 0; i < whole; i += 2 * W)
+    update_pair<kAmsgrad, Type>(s, grad + i, written[0] + i, written[1] + i, written[2] + i, written[3] + i);
+  if (whole < n) {
+    constexpr int kWritten = kAmsgrad ? 4 : 3;
+    const size_t bytes = (n - whole) * sizeof(Element);
+    Element last_grad[2 * W] = {}, last[4][2 * W] = {};
+    memcpy(last_grad, grad + whole, bytes);
+    for (int t = 0; t < kWritten; t++) memcpy(last[t], written[t] + whole, bytes);
+    update_pair<kAmsgrad, Type>(s, last_grad, last[0], last[1], last[2], last[3]);
+    for (int t = 0; t < kWritten; t++) memcpy(written[t] + whole, last[t], bytes);
+  }
 }
 
-template <class Tensor>
+template <class Type>
 void update_item(const Scalars& s, const int64_t* row, int64_t begin, int64_t end) {
-  row[kMaxSq] ? update_range<true, Tensor>(s, row, begin, end) : update_range<false, Tensor>(s, row, begin, end);
+  row[kMaxSq] ? update_range<true, Type>(s, row, begin, end) : update_range<false, Type>(s, row, begin, end);
 }
 
 }  // namespace
@@ -113,8 +132,8 @@ void adamw_step(const int64_t* table, int64_t rows, const double* hypers, const 
     const int64_t end = row[kNumel] < begin + kItem ? row[kNumel] : begin + kItem;
     switch (row[kDtype]) {
       case kFloat32: update_item<Float32>(plan[low].scalars, row, begin, end); break;
-      case kBFloat16: update_item<Half<kBFloat16>>(plan[low].scalars, row, begin, end); break;
-      default: update_item<Half<kFloat16>>(plan[low].scalars, row, begin, end);
+      case kBFloat16: update_item<BFloat16>(plan[low].scalars, row, begin, end); break;
+      default: update_item<Float16>(plan[low].scalars, row, begin, end);
     }
   };
   parallel(elements < 32768 ? 1 : threads, 0, Phase{items, body});

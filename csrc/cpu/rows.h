@@ -59,26 +59,33 @@ struct Dropout {
   void keep_mask(uint64_t row, int64_t group, int32_t* keep) const {
     const i32v limit = splat((int32_t)threshold);
     for (int lane = 0; lane < 16; lane += W) {
-      u32v c0 = (u32v)(lane_index() + (int32_t)(16 * group + lane));
-      u32v c1 = splat((uint32_t)row), c2 = splat((uint32_t)(row >> 32)), c3{};
-      uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+      // Counters lane .. lane + W: the even ones and the odd ones, each in the lower half of a 64-bit lane, where the
+      // multiplier wants it. The upper halves are never read.
+      const u32v c0 = (u32v)(lane_index() + (int32_t)(16 * group + lane));
+      u64v even[4] = {(u64v)c0, (u64v)splat((uint32_t)row), (u64v)splat((uint32_t)(row >> 32)), u64v{}};
+      u64v odd[4] = {(u64v)c0 >> 32, even[1], even[2], even[3]};
+      uint64_t k0 = (uint32_t)seed, k1 = seed >> 32;
+#pragma GCC unroll 7
       for (int round = 0; round < kPhiloxRounds; round++) {
-        u32v high0, low0, high1, low1;
-        multiply_wide(c0, kPhiloxM0, high0, low0);
-        multiply_wide(c2, kPhiloxM1, high1, low1);
-        c0 = high1 ^ c1 ^ k0;
-        c1 = low1;
-        c2 = high0 ^ c3 ^ k1;
-        c3 = low0;
+        philox_round(even, k0, k1);
+        philox_round(odd, k0, k1);
         k0 += kPhiloxW0;
         k1 += kPhiloxW1;
       }
-      const u32v words[4] = {c0, c1, c2, c3};
       for (int i = 0; i < 4; i++) {
-        store(keep + 32 * i + lane, (i32v)(words[i] & 0xFFFFu) >= limit);
-        store(keep + 32 * i + 16 + lane, (i32v)(words[i] >> 16) >= limit);
+        const u32v word = (u32v)((even[i] & 0xFFFFFFFFu) | odd[i] << 32);
+        store(keep + 32 * i + lane, (i32v)(word & 0xFFFFu) >= limit);
+        store(keep + 32 * i + 16 + lane, (i32v)(word >> 16) >= limit);
       }
     }
+  }
+
+  FUSETUNE_INLINE void philox_round(u64v (&c)[4], uint64_t k0, uint64_t k1) {
+    const u64v p0 = multiply_low_words(c[0], kPhiloxM0), p1 = multiply_low_words(c[2], kPhiloxM1);
+    c[0] = (p1 >> 32) ^ c[1] ^ k0;
+    c[2] = (p0 >> 32) ^ c[3] ^ k1;
+    c[1] = p1;
+    c[3] = p0;
   }
 };
 

@@ -37,6 +37,7 @@ constexpr int kRegisters = 16;
 typedef float f32v __attribute__((vector_size(4 * W)));
 typedef int32_t i32v __attribute__((vector_size(4 * W)));
 typedef uint32_t u32v __attribute__((vector_size(4 * W)));
+typedef uint64_t u64v __attribute__((vector_size(4 * W)));
 typedef uint16_t u16v __attribute__((vector_size(2 * W)));
 
 #define FUSETUNE_INLINE static inline __attribute__((always_inline))
@@ -135,38 +136,53 @@ FUSETUNE_INLINE f32v exp2(f32v x) {
   return (f32v)((i32v)p + exponent);
 }
 
-// The 64-bit products a m per lane, as high and low words.
-FUSETUNE_INLINE void multiply_wide(u32v a, uint32_t m, u32v& high, u32v& low) {
-  low = a * m;
+// The lower 32 bits of each 64-bit lane, times m.
+FUSETUNE_INLINE u64v multiply_low_words(u64v a, uint32_t m) {
 #if FUSETUNE_X86 && defined(__AVX512F__)
-  __m512i even = _mm512_mul_epu32((__m512i)a, _mm512_set1_epi32(m));
-  __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), _mm512_set1_epi32(m));
-  high = (u32v)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+  return (u64v)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi32(m));
 #elif FUSETUNE_X86
-  __m256i even = _mm256_mul_epu32((__m256i)a, _mm256_set1_epi32(m));
-  __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), _mm256_set1_epi32(m));
-  high = (u32v)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+  return (u64v)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi32(m));
 #else
-  for (int i = 0; i < W; i++) high[i] = (uint64_t)a[i] * m >> 32;
+  return (a & 0xFFFFFFFFu) * m;
 #endif
 }
 
-// The lower halves of the lanes, which fit.
+// Lanes from and to 16 bits. GCC 12 builds the conversions for AVX2 from several shuffles: hence the intrinsics.
+FUSETUNE_INLINE u32v widen(u16v v) {
+#if FUSETUNE_X86 && !defined(__AVX512F__)
+  return (u32v)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, u32v);
+#endif
+}
 FUSETUNE_INLINE u16v narrow(u32v v) {
-#if FUSETUNE_X86 && !defined(__AVX512F__)  // GCC 12 takes the conversion apart lane by lane
+#if FUSETUNE_X86 && !defined(__AVX512F__)
   return (u16v)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
 #else
   return __builtin_convertvector(v, u16v);
 #endif
 }
 
+FUSETUNE_INLINE bool any_nan(f32v v) {
+#if FUSETUNE_X86 && defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+#elif FUSETUNE_X86
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q));
+#else
+  bool any = false;
+  for (int i = 0; i < W; i++) any |= v[i] != v[i];
+  return any;
+#endif
+}
+
 // bfloat16 is the upper half of a float32; rounding is to nearest, ties to even, and NaN stays NaN.
-FUSETUNE_INLINE f32v from_bfloat16(u16v v) { return (f32v)(__builtin_convertvector(v, u32v) << 16); }
+FUSETUNE_INLINE f32v from_bfloat16(u16v v) { return (f32v)(widen(v) << 16); }
+FUSETUNE_INLINE u32v rounded_to_bfloat16(f32v v) {  // in the upper half of each lane; v not NaN
+  return (u32v)v + 0x7FFFu + (((u32v)v >> 16) & 1u);
+}
 FUSETUNE_INLINE u16v to_bfloat16(f32v v) {
-  u32v bits = (u32v)v;
-  u32v rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
-  u32v kept = v == v ? rounded : bits | 0x400000u;
-  return narrow(kept >> 16);
+  u32v quiet = (u32v)(v != v) & 0x7FC00000u;  // the carry of a NaN's rounding may have left its exponent
+  return narrow((rounded_to_bfloat16(v) | quiet) >> 16);
 }
 
 FUSETUNE_INLINE f32v from_float16(u16v v) {
@@ -176,7 +192,7 @@ FUSETUNE_INLINE f32v from_float16(u16v v) {
   return (f32v)_mm256_cvtph_ps((__m128i)v);
 #else
   // Shift exponent and fraction into place and rescale by 2^112: this is exact for subnormals too.
-  u32v bits = __builtin_convertvector(v, u32v);
+  u32v bits = widen(v);
   u32v magnitude = (bits & 0x7FFFu) << 13;
   f32v scaled = (f32v)magnitude * 0x1p112f;
   u32v special = (u32v)(magnitude >= splat(0x7C00u << 13)) & 0x7F800000u;  // infinity and NaN
@@ -196,6 +212,49 @@ FUSETUNE_INLINE u16v to_float16(f32v v) {
   u32v nan = magnitude > splat(0x7F800000u) ? splat(0x7E00u) : splat(0x7C00u);
   u32v half = magnitude < splat(113u << 23) ? tiny : magnitude >= splat(143u << 23) ? nan : normal;
   return narrow(half | sign >> 16);
+#endif
+}
+
+// 2 W neighbouring elements. Which lane holds which is the same for all tensors of a storage type, and no more: the
+// widening and narrowing instructions work within 128-bit lanes.
+struct Pair {
+  f32v a, b;
+};
+FUSETUNE_INLINE Pair load_pair(const float* p) { return {load(p), load(p + W)}; }
+FUSETUNE_INLINE void store_pair(float* p, Pair x) {
+  store(p, x.a);
+  store(p + W, x.b);
+}
+FUSETUNE_INLINE Pair load_pair_bfloat16(const uint16_t* p) {
+#if FUSETUNE_X86 && defined(__AVX512F__)
+  __m512i x = _mm512_loadu_si512(p);
+  return {(f32v)_mm512_unpacklo_epi16(__m512i{}, x), (f32v)_mm512_unpackhi_epi16(__m512i{}, x)};
+#elif FUSETUNE_X86
+  __m256i x = _mm256_loadu_si256((const __m256i*)p);
+  return {(f32v)_mm256_unpacklo_epi16(__m256i{}, x), (f32v)_mm256_unpackhi_epi16(__m256i{}, x)};
+#else
+  u16v a, b;
+  memcpy(&a, p, sizeof a);
+  memcpy(&b, p + W, sizeof b);
+  return {from_bfloat16(a), from_bfloat16(b)};
+#endif
+}
+FUSETUNE_INLINE void store_pair_bfloat16(uint16_t* p, Pair x, bool may_be_nan) {
+  u32v a = rounded_to_bfloat16(x.a), b = rounded_to_bfloat16(x.b);
+  if (may_be_nan) {
+    a |= (u32v)(x.a != x.a) & 0x7FC00000u;
+    b |= (u32v)(x.b != x.b) & 0x7FC00000u;
+  }
+  a >>= 16;
+  b >>= 16;
+#if FUSETUNE_X86 && defined(__AVX512F__)
+  _mm512_storeu_si512(p, _mm512_packus_epi32((__m512i)a, (__m512i)b));
+#elif FUSETUNE_X86
+  _mm256_storeu_si256((__m256i*)p, _mm256_packus_epi32((__m256i)a, (__m256i)b));
+#else
+  u16v low = narrow(a), high = narrow(b);
+  memcpy(p, &low, sizeof low);
+  memcpy(p + W, &high, sizeof high);
 #endif
 }
 
