@@ -2,11 +2,13 @@
 
 Environment:
     FUSETUNE_CUDA         auto (default: where nvcc is found), 0 or 1
-    FUSETUNE_CUDA_ARCHS   CMake architectures, e.g. "80-real;90a-real"
+    FUSETUNE_CUDA_ARCHS   CMake architectures, e.g. "80-real;90a-real" (default: those of CMakeLists.txt)
+    FUSETUNE_CUDA_VERBOSE 1 prints the registers and spills of each CUDA kernel
     FUSETUNE_TEST_LEVELS  1 also builds the ISA level `emulated`, which the tests use
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,11 +26,16 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
-        options = [f"-D{name}={os.environ[name]}" for name in os.environ if name.startswith("FUSETUNE_CUDA")]
-        options.append(f"-DFUSETUNE_TEST_LEVELS={os.environ.get('FUSETUNE_TEST_LEVELS', '0')}")
+        # Each is set or unset anew, because the build folder outlives a build; so does the path of ninja, which build
+        # isolation changes.
+        options = [
+            f"-D{name}={os.environ[name]}" if os.environ.get(name) else f"-U{name}"
+            for name in ("FUSETUNE_CUDA", "FUSETUNE_CUDA_ARCHS", "FUSETUNE_CUDA_VERBOSE", "FUSETUNE_TEST_LEVELS")
+        ]
         subprocess.check_call(
             [
                 *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+                f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
