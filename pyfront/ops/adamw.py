@@ -56,9 +56,21 @@ def adamw_step(
     _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs if amsgrad else exp_avgs, state_steps)
     if params and choose("adamw", params[0].device) == "reference":
         adamw_step_reference(
-            *(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps),
-            **dict(lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=amsgrad),
-            **dict(maximize=maximize, grad_scale=grad_scale, found_inf=found_inf),
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
+            state_steps,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
         )
         return
     _adamw_step(
@@ -94,9 +106,7 @@ def adamw_step_reference(
     """`adamw_step` in plain torch, tensor by tensor, at the tensors' own precision. Any floating dtype."""
     if found_inf is not None and found_inf.item() == 1:
         return
-    for i, (p, grad, m, v, step) in enumerate(
-        zip(params, grads, exp_avgs, exp_avg_sqs, state_steps, strict=True)
-    ):
+    for i, (p, grad, m, v, step) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, state_steps, strict=True)):
         step += 1
         g = -grad if maximize else grad
         if grad_scale is not None:
@@ -124,7 +134,11 @@ def _check(
     check(len(set(lengths)) == 1, ValueError, f"{op}: lists must have one length, got {lengths}")
     for p, g, m, v, largest, step in zip(*columns, strict=True):
         check_dtype(op, "params", p)
-        check(g.layout == torch.strided, TypeError, f"{op}: grads must be dense, got {g.layout}; use torch.optim.SparseAdam")
+        check(
+            g.layout == torch.strided,
+            TypeError,
+            f"{op}: grads must be dense, got {g.layout}; use torch.optim.SparseAdam",
+        )
         for name, tensor in (("grads", g), ("exp_avgs", m), ("exp_avg_sqs", v), ("max_exp_avg_sqs", largest)):
             check_dtype(op, name, tensor, [p.dtype])
             check(
@@ -151,7 +165,14 @@ class Table:
         self._alive: list[Tensor] = []
 
     def add(
-        self, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, largest: Tensor | None, step: Tensor, group: int
+        self,
+        param: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        largest: Tensor | None,
+        step: Tensor,
+        group: int,
     ) -> None:
         if param.dtype not in _native.DTYPES or grad.dtype is not param.dtype or grad.layout is not torch.strided:
             _check([param], [grad], [exp_avg], [exp_avg_sq], [exp_avg], [step])

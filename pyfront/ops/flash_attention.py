@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from fusetune import _native
 from fusetune._check import check, check_device, check_dtype, check_probability, check_shape
@@ -60,7 +61,7 @@ def flash_attention(
         return flash_attention_reference(
             q, k, v, causal=causal, scale=scale, key_padding_mask=key_padding_mask, dropout_p=dropout_p, seed=seed
         )
-    o: Tensor = _FlashAttention.apply(q, k, v, key_padding_mask, float(scale), causal, float(dropout_p))
+    o: Tensor = _FlashAttention.apply(q, k, v, key_padding_mask, float(scale), causal, float(dropout_p))  # type: ignore[no-untyped-call]
     return o
 
 
@@ -104,7 +105,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float, key_padding_mask: Tens
     check_shape(op, "v", v, list(k.shape))
     H, Hkv, D = q.shape[1], k.shape[1], q.shape[3]
     check(
-        H % Hkv == 0 if Hkv else H == 0, ValueError, f"{op}: heads of q must be a multiple of those of k, got {H}, {Hkv}"
+        H % Hkv == 0 if Hkv else H == 0,
+        ValueError,
+        f"{op}: heads of q must be a multiple of those of k, got {H}, {Hkv}",
     )
     check(D <= MAX_HEAD_DIM, NotImplementedError, f"{op}: head dimension must be at most {MAX_HEAD_DIM}, got {D}")
     check(math.isfinite(scale), ValueError, f"{op}: scale must be finite, got {scale}")
@@ -134,8 +137,8 @@ class _FlashAttention(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: FunctionCtx, grad_o: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, key_padding_mask, o, lse, seed = ctx.saved_tensors
         dq, dk, dv = _attention_backward(grad_o, q, k, v, key_padding_mask, o, lse, *ctx.arguments, seed)
         return dq, dk, dv, None, None, None, None
@@ -248,7 +251,7 @@ def _fake_backward(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-_attention_forward = register(
+_attention_forward: Callable[..., tuple[Tensor, Tensor]] = register(
     "flash_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask, float scale, bool causal,"
     " float dropout_p, Tensor? seed) -> (Tensor, Tensor)",
     _forward,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from fusetune import _native
 from fusetune._check import check, check_device, check_dtype, check_probability, check_shape
@@ -50,7 +51,7 @@ def lora_linear(
     if choose("lora", x.device) == "reference":
         seed = int(draw_seed(x.device)) if dropout_p else 0
         return lora_linear_reference(x, w, a, b, scale, bias, dropout_p, seed=seed)
-    y: Tensor = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), w, a, b, bias, float(scale), float(dropout_p))
+    y: Tensor = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), w, a, b, bias, float(scale), float(dropout_p))  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], w.shape[0])
 
 
@@ -73,9 +74,7 @@ def lora_linear_reference(
     return (F.linear(x, w, bias) + scale * F.linear(F.linear(h, a), b)).to(x.dtype)
 
 
-def _check(
-    x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float, bias: Tensor | None, dropout_p: float
-) -> None:
+def _check(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float, bias: Tensor | None, dropout_p: float) -> None:
     op = "lora_linear"
     check_dtype(op, "x", x)
     check_dtype(op, "w", w, [x.dtype])
@@ -108,13 +107,11 @@ class _LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w, a, b, s, seed = ctx.saved_tensors
         needs_dx, _, needs_da, needs_db, needs_dbias, _, _ = ctx.needs_input_grad
-        dx, da, db = _lora_backward(
-            dy, x, w, a, b, s, ctx.scale, ctx.dropout_p, seed, needs_dx, needs_da, needs_db
-        )
+        dx, da, db = _lora_backward(dy, x, w, a, b, s, ctx.scale, ctx.dropout_p, seed, needs_dx, needs_da, needs_db)
         return (
             dx if needs_dx else None,
             None,
@@ -226,7 +223,7 @@ def _fake_backward(
     )
 
 
-_lora_forward = register(
+_lora_forward: Callable[..., tuple[Tensor, Tensor]] = register(
     "lora_forward(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, float scale, float dropout_p, Tensor? seed)"
     " -> (Tensor, Tensor)",
     _forward,
