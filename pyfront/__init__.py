@@ -11,10 +11,10 @@ TYPE_CHECKING = False  # type checkers take it for true; `typing` would double t
 if TYPE_CHECKING:
     from typing import Any
 
-    from fusetune import finetune, ops
+    from fusetune import ops
     from fusetune.optim import AdamW
     from fusetune.patching import PatchReport, patch, patched, unpatch
-    from fusetune.train import TrainConfig, Trainer, apply_peft
+    from fusetune.train import TrainConfig, Trainer, apply_peft, finetune
 
 __version__ = "0.1.0"
 
