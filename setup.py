@@ -27,7 +27,7 @@ class CMakeBuild(build_ext):
         # One folder for editable installs and wheels, so that only what has changed is compiled again.
         build = ROOT / "build" / f"cmake-{self.plat_name}-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
-        # The folder outlives the environment of this build and the path of ninja in it: each option is set or unset anew.
+        # The folder outlives this build's environment and its ninja: each option is set or unset anew.
         options = [
             f"-D{name}={os.environ[name]}" if os.environ.get(name) else f"-U{name}"
             for name in ("FUSETUNE_CUDA", "FUSETUNE_CUDA_ARCHS", "FUSETUNE_CUDA_VERBOSE", "FUSETUNE_TEST_LEVELS")

@@ -11,10 +11,12 @@ TYPE_CHECKING = False  # type checkers take it for true; `typing` would double t
 if TYPE_CHECKING:
     from typing import Any
 
-    from fusetune import ops
+    from fusetune import finetune, ops
     from fusetune.optim import AdamW
     from fusetune.patching import PatchReport, patch, patched, unpatch
-    from fusetune.train import TrainConfig, Trainer, apply_peft, finetune
+    from fusetune.train.config import TrainConfig
+    from fusetune.train.model import apply_peft
+    from fusetune.train.trainer import Trainer
 
 __version__ = "0.1.0"
 
@@ -34,25 +36,24 @@ __all__ = [
 _HOMES = {
     "AdamW": "fusetune.optim",
     "PatchReport": "fusetune.patching",
-    "TrainConfig": "fusetune.train",
-    "Trainer": "fusetune.train",
-    "apply_peft": "fusetune.train",
+    "TrainConfig": "fusetune.train.config",
+    "Trainer": "fusetune.train.trainer",
+    "apply_peft": "fusetune.train.model",
     "patch": "fusetune.patching",
     "patched": "fusetune.patching",
     "unpatch": "fusetune.patching",
 }
-_MODULES = {"finetune": "fusetune.train.finetune", "ops": "fusetune.ops"}
+_MODULES = ("finetune", "ops")
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)
-    elif name in _MODULES:
-        value = importlib.import_module(_MODULES[name])
-    else:
-        raise AttributeError(f"module 'fusetune' has no attribute {name!r}")
-    globals()[name] = value
-    return value
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f"fusetune.{name}")
+    raise AttributeError(f"module 'fusetune' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

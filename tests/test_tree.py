@@ -20,7 +20,7 @@ LAYERS = (
     ("models",),
     ("patching",),
     ("train",),
-    ("info",),
+    ("finetune", "info"),
     ("__init__", "__main__"),
 )
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}
