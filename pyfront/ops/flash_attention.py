@@ -61,7 +61,7 @@ def flash_attention(
         return flash_attention_reference(
             q, k, v, causal=causal, scale=scale, key_padding_mask=key_padding_mask, dropout_p=dropout_p, seed=seed
         )
-    o: Tensor = _FlashAttention.apply(q, k, v, key_padding_mask, float(scale), causal, float(dropout_p))  # type: ignore[no-untyped-call]
+    o: Tensor = _FlashAttention.apply(q, k, v, key_padding_mask, float(scale), causal, float(dropout_p))
     return o
 
 
@@ -105,9 +105,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float, key_padding_mask: Tens
     check_shape(op, "v", v, list(k.shape))
     H, Hkv, D = q.shape[1], k.shape[1], q.shape[3]
     check(
-        H % Hkv == 0 if Hkv else H == 0,
-        ValueError,
-        f"{op}: heads of q must be a multiple of those of k, got {H}, {Hkv}",
+        H % Hkv == 0 if Hkv else H == 0, ValueError, f"{op}: heads of q must be a multiple of those of k, got {H}, {Hkv}"
     )
     check(D <= MAX_HEAD_DIM, NotImplementedError, f"{op}: head dimension must be at most {MAX_HEAD_DIM}, got {D}")
     check(math.isfinite(scale), ValueError, f"{op}: scale must be finite, got {scale}")

@@ -51,7 +51,7 @@ def lora_linear(
     if choose("lora", x.device) == "reference":
         seed = int(draw_seed(x.device)) if dropout_p else 0
         return lora_linear_reference(x, w, a, b, scale, bias, dropout_p, seed=seed)
-    y: Tensor = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), w, a, b, bias, float(scale), float(dropout_p))  # type: ignore[no-untyped-call]
+    y: Tensor = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), w, a, b, bias, float(scale), float(dropout_p))
     return y.view(*x.shape[:-1], w.shape[0])
 
 
