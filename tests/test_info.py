@@ -72,16 +72,16 @@ def test_unknown_isa_is_a_problem():
     assert "problem: FUSETUNE_ISA: must be one of" in text
 
 
-@pytest.mark.parametrize("device", info.DEVICES)
+@pytest.mark.parametrize("device_type", info.DEVICES)
 @pytest.mark.parametrize("op", backend.BACKENDS)
-def test_backends_are_those_that_ops_take(op, device):
-    choice = info.report()["backends"][op][device]
-    missing = {name: backend.why_not(name, device) for name in backend.BACKENDS[op][device]}
+def test_backends_are_those_that_ops_take(op, device_type):
+    choice = info.report()["backends"][op][device_type]
+    missing = {name: backend.why_not(name, device_type) for name in backend.BACKENDS[op][device_type]}
     assert choice["why_not"] == {name: why for name, why in missing.items() if why}
     if len(choice["why_not"]) == len(missing):
         assert choice["takes"] is None
     else:
-        assert choice["takes"] == backend.choose(op, torch.device(device))
+        assert choice["takes"] == backend.choose(op, torch.device(device_type))
 
 
 @pytest.mark.parametrize(("forced", "takes"), [("reference", "reference"), ("abacus", None)])
