@@ -9,7 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-INPUTS := Makefile pyproject.toml constraints.txt requirements-demo.txt setup.py CMakeLists.txt $(shell find csrc -type f)
+INPUTS := pyproject.toml constraints.txt requirements-demo.txt setup.py CMakeLists.txt $(shell find csrc -type f)
 CXX := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .PHONY: demo test bench lint format clean
@@ -18,7 +18,7 @@ demo: .venv/demo
 	$(BIN)/fusetune finetune
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 bench: .venv/dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only
