@@ -1,0 +1,14 @@
+"""BERT and the models that share its attention."""
+
+_ATTENTION = ("attention", "fusetune.ops.flash_attention", "fusetune.nn.attention.why_not")
+
+TABLE = {
+    "transformers.models.bert.modeling_bert.BertSelfAttention": _ATTENTION,
+    "transformers.models.bert.modeling_bert.BertCrossAttention": _ATTENTION,
+    "transformers.models.roberta.modeling_roberta.RobertaSelfAttention": _ATTENTION,
+    "transformers.models.roberta.modeling_roberta.RobertaCrossAttention": _ATTENTION,
+    "transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaSelfAttention": _ATTENTION,
+    "transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaCrossAttention": _ATTENTION,
+    "transformers.models.electra.modeling_electra.ElectraSelfAttention": _ATTENTION,
+    "transformers.models.electra.modeling_electra.ElectraCrossAttention": _ATTENTION,
+}
