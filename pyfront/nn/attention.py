@@ -36,7 +36,7 @@ def register() -> None:
 
 def why_not(module: nn.Module) -> str | None:
     """Why an attention module of the tables cannot use the kernel, or None."""
-    head_dim = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", 0)
+    head_dim: Any = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", 0)
     return f"its head dimension is {head_dim}, over {MAX_HEAD_DIM}" if head_dim > MAX_HEAD_DIM else None
 
 
@@ -172,10 +172,10 @@ def _check_kwargs(key: Tensor, attention_mask: Tensor | None, kwargs: dict[str, 
         )
     if window is not None and window < key.shape[2] and not general:
         raise NotImplementedError(
-            f"attention: sliding_window must be in the mask or at least {key.shape[2]}, the number of keys, got {window}"
+            f"attention: sliding_window must be in the mask or at least the number of keys, got {window}"
         )
     if starts is not None and starts.numel() > key.shape[0] + 1 and not general:
         raise NotImplementedError(
-            f"attention: packed sequences must be in the mask, got only cu_seq_lens_q of {starts.numel() - 1} sequences;"
+            f"attention: packed sequences must be in the mask, got {starts.numel() - 1} of them in cu_seq_lens_q;"
             " pass position_ids and use_cache=False"
         )

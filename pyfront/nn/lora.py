@@ -17,20 +17,23 @@ from fusetune.backend import choose
 class LoraLinear(Linear):
     """PEFT's LoRA layer around nn.Linear or Conv1D, computed by `fusetune.ops.lora_linear`.
 
-    An instance becomes one by assignment to its `__class__`: it keeps its parameters, their names and its hooks, and PEFT
-    merges, saves and switches it as before. A call that the op cannot take is PEFT's own.
+    An instance becomes one by assignment to its `__class__`: it keeps its parameters, their names and its hooks, and
+    PEFT merges, saves and switches it as before. A call that the op cannot take is PEFT's own.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or why_not(self, x) is not None:
             return super().forward(x, *args, **kwargs)
         (name,) = _active(self)
-        base, dropout = self.base_layer, self.lora_dropout[name]
+        base: Any = self.base_layer
+        down: Any = self.lora_A[name]
+        up: Any = self.lora_B[name]
+        dropout = self.lora_dropout[name]
         return ops.lora_linear(
             x,
             base.weight.t() if type(base) is Conv1D else base.weight,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
+            down.weight,
+            up.weight,
             self.scaling[name],
             base.bias,
             dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
@@ -54,7 +57,8 @@ def why_not(layer: Linear, x: Tensor | None = None) -> str | None:
     (name,) = active
     if name in layer.lora_variant:
         return f"its adapter is of the kind {type(layer.lora_variant[name]).__name__}"
-    base, down, up, dropout = layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    base: Any = layer.base_layer
+    down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     if type(base) is not nn.Linear and type(base) is not Conv1D:
         return f"its base layer is {type(base).__name__}, not Linear or Conv1D"
     if type(down) is not nn.Linear or type(up) is not nn.Linear:
