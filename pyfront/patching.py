@@ -251,8 +251,6 @@ def _why_not_attention(root: nn.Module | None, modules: list[nn.Module], rows: l
         return f"its model was given the attention implementation {name!r}"
     if config.output_attentions:
         return "the config of its model asks for output_attentions"
-    if not root._can_set_attn_implementation():  # type: ignore[operator]
-        return f"{type(root).__name__} does not let its attention implementation be set"
     return None
 
 
@@ -291,25 +289,27 @@ class _ConfigSwitch:
 
 
 def _switch_attention(model: nn.Module, plan: list[_Step]) -> None:
-    roots = {id(step.root): step.root for step in plan if step.op == "attention" and step.reason is None}
+    roots: dict[int, Any] = {id(step.root): step.root for step in plan if step.op == "attention" and not step.reason}
     if not roots:
         return
     from fusetune.nn.attention import NAME, register
 
     register()
-    fresh: list[nn.Module] = []
+    fresh = []
     for root in roots.values():
-        assert root is not None
         switch = vars(root).get(_SWITCH)
         if switch is None or not any(root.config is config for config in switch.copies):
             _restore_configs(list(root.modules()))  # a model inside of it may have been patched by itself
             fresh.append(root)
-    switch = _ConfigSwitch(list({id(c): c for root in fresh for m in root.modules() for c in _configs(m)}.values()))
+    configs = {id(config): config for root in fresh for module in root.modules() for config in _configs(module)}
+    switch = _ConfigSwitch(list(configs.values()))
     # Also in wrappers around the model, such as PeftModel, but not in models that are left alone.
     alone = {id(m) for step in plan if step.root and id(step.root) not in roots for m in step.root.modules()}
     _replace_configs([m for m in model.modules() if id(m) not in alone], switch.originals, switch.copies, switch)
     for root in roots.values():
-        root.set_attn_implementation(NAME)  # type: ignore[union-attr,operator]
+        for config in vars(root)[_SWITCH].copies:
+            # not by set_attn_implementation, which refuses models whose source it cannot read, as in a notebook
+            config._attn_implementation = NAME
 
 
 def _restore_configs(modules: list[nn.Module]) -> None:

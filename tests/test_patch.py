@@ -877,6 +877,28 @@ def test_classes_that_the_tables_do_not_know() -> None:
     assert [e.reason for e in patch(model).left_alone] == ["its forward was replaced by other code"]
 
 
+def test_a_model_class_without_source() -> None:
+    """As one that is written in a notebook."""
+    cls = type("Mine", (transformers.BertForSequenceClassification,), {"__module__": "a.notebook"})
+    model = make_bert(cls)
+    stock = run(model, bert_batch("right"))
+    patch(model, strict=True)
+    assert model.config._attn_implementation == "fusetune"
+    assert_follows(run(model, bert_batch("right")), stock)
+
+
+@pytest.mark.parametrize("make", [make_bert, make_llama])
+def test_prefix_tuning(make: Callable[..., Any]) -> None:
+    """Keys that no query stands for: they come before all queries."""
+    is_bert = make is make_bert
+    options = {"task_type": "SEQ_CLS" if is_bert else "CAUSAL_LM", "num_virtual_tokens": 5}
+    model = get_peft_model(make(), peft.PrefixTuningConfig(**options))
+    batch = bert_batch("right") if is_bert else llama_batch("left")
+    stock = run(model, batch)
+    patch(model, strict=True)
+    assert_follows(run(model, batch), stock)
+
+
 def test_deep_copies() -> None:
     model = make_lora(make_llama(), target_modules=["q_proj"])
     stock = run(model, llama_batch("left"))
