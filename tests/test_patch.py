@@ -899,6 +899,15 @@ def test_prefix_tuning(make: Callable[..., Any]) -> None:
     assert_follows(run(model, batch), stock)
 
 
+def test_a_device_without_kernels_is_left_to_stock() -> None:
+    model = make_lora(make_llama(), target_modules=["q_proj"])
+    patch(model, strict=True)
+    model.to("meta")
+    batch = {name: tensor.to("meta") for name, tensor in llama_batch("left").items()}
+    assert model(**batch).logits.shape == (3, 11, 97)
+    assert {e.op for e in patch(model).left_alone} == {"attention", "lora"}
+
+
 def test_deep_copies() -> None:
     model = make_lora(make_llama(), target_modules=["q_proj"])
     stock = run(model, llama_batch("left"))
@@ -1000,7 +1009,7 @@ print("loads")
 
 def train(model: nn.Module, batches: list[dict[str, Tensor]], optimizer_class: type) -> list[float]:
     model.train()
-    optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     losses = []
     for batch in batches:
         loss = model(**batch).loss
@@ -1013,7 +1022,7 @@ def train(model: nn.Module, batches: list[dict[str, Tensor]], optimizer_class: t
 
 def assert_losses_follow(make: Callable[[], Any], batches: list[dict[str, Tensor]]) -> None:
     stock = train(make(), batches, torch.optim.AdamW)
-    assert min(stock[-5:]) < stock[0]
+    assert max(stock[-5:]) < 0.9 * stock[0]
     for optimizer_class in (torch.optim.AdamW, AdamW):
         model = make()
         patch(model, strict=True)

@@ -75,14 +75,16 @@ def why_not(layer: Linear, x: Tensor | None = None) -> str | None:
     for weight in (base.weight, down.weight, up.weight):
         if type(weight) is not nn.Parameter and type(weight) is not Tensor:
             return f"it has a weight of type {type(weight).__name__}"
-    device = base.weight.device
+    try:
+        choose("lora", base.weight.device if x is None else x.device)
+    except NotImplementedError as error:
+        return str(error)
     dtype, cast = base.weight.dtype, False
     if x is not None:
-        device = x.device
         if x.dtype not in FLOATS:
             return f"its input is {_short(x.dtype)}"
-        cast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if cast else x.dtype
+        cast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
         if not layer.cast_input_dtype_enabled and x.dtype != down.weight.dtype:
             return "the cast of its input is disabled"
     if (
@@ -94,10 +96,6 @@ def why_not(layer: Linear, x: Tensor | None = None) -> str | None:
     ):
         dtypes = ", ".join(_short(t.dtype) for t in (base.weight, down.weight, up.weight))
         return f"its weights are {dtypes}" + ("" if x is None else f" and it computes in {_short(dtype)}")
-    try:
-        choose("lora", device)
-    except NotImplementedError as error:
-        return str(error)
     return None
 
 
