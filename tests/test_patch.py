@@ -417,6 +417,17 @@ def test_attention_never_ignores_an_argument() -> None:
     assert_close(attention(layer, q, k, v, keys, position_bias=bias)[0], expected)
 
 
+def test_attention_without_a_mask_and_with_a_scale_follows_sdpa() -> None:
+    layer = nn.Module()
+    for causal in (False, True):
+        layer.is_causal = causal
+        for Sq, Sk in ((6, 6), (1, 6), (4, 6)):
+            q, k, v = torch.randn(2, 4, Sq, 8), torch.randn(2, 4, Sk, 8), torch.randn(2, 4, Sk, 8)
+            for options in ({}, {"scaling": 1.0}, {"is_causal": not causal}):
+                expected, _ = sdpa_attention_forward(layer, q, k, v, None, **options)
+                assert_close(attention(layer, q, k, v, None, **options)[0], expected)
+
+
 def test_attention_of_dtypes_and_shapes_without_a_kernel_is_sdpa() -> None:
     layer = nn.Module()
     layer.is_causal = True
@@ -443,11 +454,12 @@ def test_output_attentions_is_refused() -> None:
 
 
 def test_attention_dropout_is_drawn_from_the_seed() -> None:
-    model = make_bert(attention_probs_dropout_prob=0.3, hidden_dropout_prob=0.2)
+    model = make_bert(attention_probs_dropout_prob=0.3)
     patch(model)
     first = run(model, bert_batch("right"))
     assert_same(run(model, bert_batch("right")), first)
-    assert not torch.equal(run(model, bert_batch("right"), seed=4)[0], first[0])
+    other = run(model, bert_batch("right"), seed=4)
+    assert all(not torch.equal(other[1][name], first[1][name]) for name in first[1])
     model.eval()
     evaluated = run(model, bert_batch("right"))
     unpatch(model)
@@ -678,9 +690,14 @@ def test_lora_call_that_is_left_to_peft() -> None:
     patch(model, strict=True)
     layer = model.base_model.model[0]
     layer.cast_input_dtype_enabled = False
-    for bad in (x, x.double(), x.long()):  # errors are those of torch and PEFT too
+    for bad in (x, x.double(), x.long()):  # the errors are torch's
         with pytest.raises(RuntimeError, match="dtype"):
             model(bad)
+    layer.base_layer.bfloat16()
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(x)
+    layer.cast_input_dtype_enabled = True
+    assert model(x).dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------- PEFT's operations on a patched model
@@ -831,6 +848,16 @@ def test_models_that_share_a_config() -> None:
     assert first.config is config
     assert second.config is config
 
+    class Attention(transformers.models.llama.modeling_llama.LlamaAttention):
+        pass
+
+    second.model.layers[0].self_attn = Attention(config, 0)
+    report = patch(both)
+    assert [e.count for e in report.replaced] == [2]
+    assert {e.reason for e in report.left_alone} == {"attention class Attention is not in the tables"}
+    assert first.config is not config
+    assert all(held is config for _, held in classes_and_configs(second) if held is not None)
+
 
 def test_a_model_inside_of_another() -> None:
     outer = make_bert()
@@ -841,12 +868,49 @@ def test_a_model_inside_of_another() -> None:
     patch(outer)
     assert outer.config is outer.bert.config
     assert outer.config is not config
+    outer.config.label = 1
     unpatch(outer.bert)
     assert outer.bert.config is config
+    assert config.label == 1
+    config.label = 2
     unpatch(outer)
+    assert config.label == 2
     assert all(held is config for _, held in classes_and_configs(outer) if held is not None)
     (entry,) = patch(outer.bert.encoder).left_alone
     assert entry.reason == "it is not inside of a transformers model, whose config names the attention function"
+
+
+def test_a_model_of_two_models() -> None:
+    """Its config contains the configs of both."""
+    encoder, decoder = (
+        make_bert(transformers.BertModel),
+        make_bert(transformers.BertLMHeadModel, is_decoder=True, add_cross_attention=True),
+    )
+    model = transformers.EncoderDecoderModel(encoder=encoder, decoder=decoder)
+    model.config.decoder_start_token_id, model.config.pad_token_id = 1, 0
+    config = model.config
+    inner = config.encoder
+    batch = {**bert_batch("right"), "labels": torch.randint(2, 97, (3, 7))}
+
+    def results() -> tuple[Tensor, dict[str, Tensor]]:
+        model.zero_grad()
+        out = model(**batch)
+        out.loss.backward()
+        return out.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    stock = results()
+    assert [e.count for e in patch(model, strict=True).replaced] == [4, 2]
+    assert model.config.encoder is model.encoder.config
+    assert model.config.encoder._attn_implementation == "fusetune"
+    assert_follows(results(), stock)
+    model.config.encoder.label = 3
+    unpatch(model)
+    assert model.config is config
+    assert config.encoder is inner
+    assert model.encoder.config is inner
+    assert inner.label == 3
+    assert inner._attn_implementation == "sdpa"
+    assert_same(results(), stock)
 
 
 def test_classes_that_the_tables_do_not_know() -> None:
