@@ -903,12 +903,12 @@ def test_a_model_of_two_models() -> None:
     assert model.config.encoder is model.encoder.config
     assert model.config.encoder._attn_implementation == "fusetune"
     assert_follows(results(), stock)
-    model.config.encoder.label = 3
+    model.config.encoder.classifier_dropout = 0.25
     unpatch(model)
     assert model.config is config
     assert config.encoder is inner
     assert model.encoder.config is inner
-    assert inner.label == 3
+    assert inner.classifier_dropout == 0.25
     assert inner._attn_implementation == "sdpa"
     assert_same(results(), stock)
 
