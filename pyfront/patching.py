@@ -243,7 +243,7 @@ def _why_not_attention(root: nn.Module | None, modules: list[nn.Module], rows: l
             return str(reason)
     if root is None:
         return "it is not inside of a transformers model, whose config names the attention function"
-    from fusetune.nn.attention import NAME
+    from fusetune.nn.flash_attention import NAME
 
     config: Any = root.config
     name = config._attn_implementation
@@ -266,14 +266,14 @@ class _ConfigSwitch:
         self.before = copy.deepcopy(originals)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        from fusetune.nn import attention
+        from fusetune.nn.flash_attention import register
 
-        attention.register()  # a model that was pickled patched names our attention function
+        register()  # a model that was pickled patched names our attention function
         vars(self).update(state)
 
     def carry_over(self) -> None:
         """Sets on the originals what was set on the copies, other than our attention."""
-        from fusetune.nn.attention import NAME
+        from fusetune.nn.flash_attention import NAME
 
         ours = {id(config) for config in self.copies}
         for original, now, before in zip(self.originals, self.copies, self.before, strict=True):
@@ -292,7 +292,7 @@ def _switch_attention(model: nn.Module, plan: list[_Step]) -> None:
     roots: dict[int, Any] = {id(step.root): step.root for step in plan if step.op == "attention" and not step.reason}
     if not roots:
         return
-    from fusetune.nn.attention import NAME, register
+    from fusetune.nn.flash_attention import NAME, register
 
     register()
     fresh = []

@@ -1,6 +1,6 @@
 """BERT and the models that share its attention."""
 
-_ATTENTION = ("attention", "fusetune.ops.flash_attention", "fusetune.nn.attention.why_not")
+_ATTENTION = ("attention", "fusetune.ops.flash_attention", "fusetune.nn.flash_attention.why_not")
 
 TABLE = {
     "transformers.models.bert.modeling_bert.BertSelfAttention": _ATTENTION,

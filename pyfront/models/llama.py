@@ -4,6 +4,6 @@ TABLE = {
     "transformers.models.llama.modeling_llama.LlamaAttention": (
         "attention",
         "fusetune.ops.flash_attention",
-        "fusetune.nn.attention.why_not",
+        "fusetune.nn.flash_attention.why_not",
     ),
 }
