@@ -50,13 +50,14 @@ def flash_attention(
         ValueError: shapes that do not fit, tensors on different devices, scale not finite, or dropout_p not in [0, 1].
         NotImplementedError: D > 256, or no backend works on q's device.
     """
+    backend = choose("flash_attention", q.device)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1]) if q.dim() and q.shape[-1] else 1.0
     _check(q, k, v, scale, key_padding_mask, dropout_p)
-    if choose("flash_attention", q.device) == "reference":
+    if backend == "reference":
         seed = int(draw_seed(q.device)) if dropout_p else 0
         return flash_attention_reference(
             q, k, v, causal=causal, scale=scale, key_padding_mask=key_padding_mask, dropout_p=dropout_p, seed=seed

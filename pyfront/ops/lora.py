@@ -44,14 +44,15 @@ def lora_linear(
             w requiring grad.
         NotImplementedError: no backend works on x's device.
     """
+    backend = choose("lora", x.device)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w, bias = x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype)
     _check(x, w, a, b, scale, bias, dropout_p)
-    if choose("lora", x.device) == "reference":
+    if backend == "reference":
         seed = int(draw_seed(x.device)) if dropout_p else 0
         return lora_linear_reference(x, w, a, b, scale, bias, dropout_p, seed=seed)
-    y: Tensor = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), w, a, b, bias, float(scale), float(dropout_p))
+    y: Tensor = _LoraLinear.apply(x[None].flatten(0, -2), w, a, b, bias, float(scale), float(dropout_p))
     return y.view(*x.shape[:-1], w.shape[0])
 
 

@@ -14,7 +14,7 @@ _LOW = 0xFFFFFFFF
 
 def draw_seed(device: torch.device) -> Tensor:
     """A one-element int64 seed from torch's generator of `device`: checkpointing replays it, CUDA graphs capture it."""
-    return torch.empty(1, dtype=torch.int64, device=device).random_()
+    return torch.randint(2**63 - 1, (1,), device=device)  # torch.compile has no graph for Tensor.random_
 
 
 def threshold(p: float) -> int:

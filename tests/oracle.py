@@ -1,0 +1,89 @@
+"""What every op's tests share: the tolerance, gradients, and inputs with awkward memory layouts.
+
+A result is right where its error against the same computation in float64 is at most twice the error of plain torch in
+the same low precision, plus a rounding floor:
+
+    max|got - exact| <= 2 max|plain - exact| + floor
+
+The floor is for results on which plain torch happens to round well, or not at all:
+
+    bfloat16, float16   2 max|(exact + 0.3 - 0.3) - exact| computed in that dtype, as FlashAttention-3's tests have it
+    float32             16 eps max|exact|, and what cancels before the last product, which its op's tests derive
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def rounding_floor(exact: Tensor, dtype: torch.dtype) -> float:
+    if dtype == torch.float32:
+        return 16 * torch.finfo(dtype).eps * exact.abs().max().item()
+    rounded = exact.to(dtype)
+    return 2 * (rounded + 0.3 - 0.3 - rounded).abs().max().item()
+
+
+def assert_right(name: str, got: Tensor, plain: Tensor, exact: Tensor, cancelled: float = 0.0) -> None:
+    """The rule above.
+
+    Args:
+        name: of the result, for the message.
+        got: to be judged.
+        plain: plain torch's result in the same precision.
+        exact: plain torch's result in float64.
+        cancelled: the part of the float32 floor that the op's tests derive.
+    """
+    assert got.dtype == plain.dtype, f"{name} is {got.dtype}, not {plain.dtype}"
+    assert got.shape == exact.shape, f"{name} has shape {list(got.shape)}, not {list(exact.shape)}"
+    if not got.numel():
+        return
+    error, plain_error = ((result.double() - exact).abs().max().item() for result in (got, plain))
+    floor = rounding_floor(exact, got.dtype) + (cancelled if got.dtype == torch.float32 else 0)
+    bound = 2 * plain_error + floor
+    assert error <= bound, f"{name}: error {error:.3g} > 2 x {plain_error:.3g} of plain torch + floor {floor:.3g}"
+
+
+def gradients(
+    function: Callable[..., Tensor], inputs: dict[str, Tensor], grad: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Result of `function(**inputs)` and the gradients of those inputs that require grad, by name.
+
+    Args:
+        function: differentiated at `inputs`.
+        inputs: floating tensors are detached copies' sources; others are passed on.
+        grad: gradient of the result, in any floating dtype; ones by default.
+    """
+    leaves = {name: t.detach().requires_grad_(t.requires_grad) for name, t in inputs.items()}
+    out = function(**leaves)
+    wanted = {name: t for name, t in leaves.items() if t.requires_grad}
+    grad = torch.ones_like(out) if grad is None else grad.to(out.dtype)
+    found = torch.autograd.grad(out, list(wanted.values()), grad)
+    return {"out": out.detach(), **{f"d{name}": g for name, g in zip(wanted, found, strict=True)}}
+
+
+def to_double(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+        for name, t in inputs.items()
+    }
+
+
+def row_strided(t: Tensor) -> Tensor:
+    """t with a gap after each row."""
+    return torch.nn.functional.pad(t, (0, 3), value=torch.nan)[..., : t.shape[-1]]
+
+
+def transposed(t: Tensor) -> Tensor:
+    """t with its last two dimensions swapped in memory."""
+    return t.mT.contiguous().mT
+
+
+def unaligned(t: Tensor) -> Tensor:
+    """t one element past an aligned address."""
+    return torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape)
+
+
+LAYOUTS = {"row_strided": row_strided, "transposed": transposed, "unaligned": unaligned}
