@@ -8,7 +8,9 @@ the same low precision, plus a rounding floor:
 The floor is for results on which plain torch happens to round well, or not at all:
 
     bfloat16, float16   2 max|(exact + 0.3 - 0.3) - exact| computed in that dtype, as FlashAttention-3's tests have it
-    float32             16 eps max|exact|, and what cancels before the last product, which its op's tests derive
+    float32             16 eps max|exact|
+
+and, in every dtype, for float32 terms that cancel before the last product, which the op's tests derive.
 """
 
 from __future__ import annotations
@@ -34,14 +36,14 @@ def assert_right(name: str, got: Tensor, plain: Tensor, exact: Tensor, cancelled
         got: to be judged.
         plain: plain torch's result in the same precision.
         exact: plain torch's result in float64.
-        cancelled: the part of the float32 floor that the op's tests derive.
+        cancelled: the part of the floor that the op's tests derive.
     """
     assert got.dtype == plain.dtype, f"{name} is {got.dtype}, not {plain.dtype}"
     assert got.shape == exact.shape, f"{name} has shape {list(got.shape)}, not {list(exact.shape)}"
     if not got.numel():
         return
     error, plain_error = ((result.double() - exact).abs().max().item() for result in (got, plain))
-    floor = rounding_floor(exact, got.dtype) + (cancelled if got.dtype == torch.float32 else 0)
+    floor = rounding_floor(exact, got.dtype) + cancelled
     bound = 2 * plain_error + floor
     assert error <= bound, f"{name}: error {error:.3g} > 2 x {plain_error:.3g} of plain torch + floor {floor:.3g}"
 

@@ -43,7 +43,8 @@ def flash_attention(
             from a seed drawn from torch's generator.
 
     Returns:
-        [B, H, Sq, D] of q's dtype, in q's memory layout. Under autocast q, k and v are cast first.
+        [B, H, Sq, D] of q's dtype, in q's memory layout if neighbours in D are neighbours there. Under autocast q, k
+        and v are cast first.
 
     Raises:
         TypeError: a dtype other than these.
@@ -106,7 +107,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float, key_padding_mask: Tens
     check_shape(op, "v", v, list(k.shape))
     H, Hkv, D = q.shape[1], k.shape[1], q.shape[3]
     check(
-        H % Hkv == 0 if Hkv else H == 0, ValueError, f"{op}: heads of q must be a multiple of those of k, got {H}, {Hkv}"
+        H > 0 and Hkv > 0 and H % Hkv == 0,
+        ValueError,
+        f"{op}: heads of q must be a positive multiple of those of k, got {H}, {Hkv}",
     )
     check(D <= MAX_HEAD_DIM, NotImplementedError, f"{op}: head dimension must be at most {MAX_HEAD_DIM}, got {D}")
     check(math.isfinite(scale), ValueError, f"{op}: scale must be finite, got {scale}")
@@ -231,7 +234,7 @@ def _fake_forward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return torch.empty_like(_rows(q)), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _fake_backward(
@@ -247,7 +250,7 @@ def _fake_backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return torch.empty_like(_rows(q)), torch.empty_like(_rows(k)), torch.empty_like(_rows(v))
 
 
 _attention_forward: Callable[..., tuple[Tensor, Tensor]] = register(
