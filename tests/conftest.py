@@ -1,8 +1,9 @@
 """Backends and devices of the tests.
 
 A test that takes the fixture `backend` runs once for each backend of its module's op (`OP`): the CPU kernels at every
-ISA level, Triton in its interpreter, and on a GPU Triton and CUDA. One that takes `device` runs with the backend that
-users get there. Rows that cannot run here are skipped, and the reason is the one that `fusetune info` gives.
+ISA level, Triton in its interpreter, and on a GPU Triton and CUDA. One that takes `cpu_backend` runs at the ISA levels,
+and one that takes `device` with the backend that users get there. Rows that cannot run here are skipped, and the reason
+is the one that `fusetune info` gives.
 
 Markers: `gpu` needs a CUDA device; `large` takes Triton's interpreter too long, and is left out of its rows.
 """
@@ -35,12 +36,12 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
+    levels = [f"cpu-{level}" for level in LEVELS]
     if "backend" in metafunc.fixturenames:
-        backends = BACKENDS[metafunc.module.OP]
-        rows = [f"cpu-{level}" for level in LEVELS if "cpu" in backends["cpu"]]
-        rows += [INTERPRETED] if "triton" in backends["cpu"] else []
-        rows += [pytest.param(f"{name}-gpu", marks=pytest.mark.gpu) for name in backends["cuda"]]
-        metafunc.parametrize("backend", rows, indirect=True)
+        gpu = [pytest.param(f"{name}-gpu", marks=pytest.mark.gpu) for name in BACKENDS[metafunc.module.OP]["cuda"]]
+        metafunc.parametrize("backend", [*levels, INTERPRETED, *gpu], indirect=True)
+    if "cpu_backend" in metafunc.fixturenames:
+        metafunc.parametrize("cpu_backend", levels, indirect=True)
     if "device" in metafunc.fixturenames:
         metafunc.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 
@@ -62,28 +63,39 @@ def _seeded():
     torch.manual_seed(0)
 
 
+def mentions(value, dtype):
+    return value is dtype or (isinstance(value, tuple) and dtype in value)
+
+
 @pytest.fixture
 def backend(request, monkeypatch):
     """Forces the backend of one row; gives its name and the device of its tensors."""
     name, _, row = request.param.partition("-")
-    device = torch.device("cuda" if row == "gpu" else "cpu")
+    op, device = request.module.OP, torch.device("cuda" if row == "gpu" else "cpu")
+    extension = _native.extension()
+    before = extension.isa()
     if name == "cpu":
-        extension, level = _native.extension(), row
-        if level not in extension.isa_available():
-            built = level in extension.isa_built()
-            pytest.skip(f"this CPU lacks {level}" if built else f"{level} is not built; FUSETUNE_TEST_LEVELS=1 builds it")
-        before = extension.isa()
-        extension.set_isa(level)
-        request.addfinalizer(lambda: extension.set_isa(before))
+        if row not in extension.isa_built():
+            pytest.skip(f"{row} is not built" + "; FUSETUNE_TEST_LEVELS=1 builds it" * (row == "emulated"))
+        if row not in extension.isa_available():
+            pytest.skip(f"this CPU lacks {row}")
+        extension.set_isa(row)
     elif reason := why_not(name, device.type):
         pytest.skip(reason)
     if name == "triton":
-        module = f"fusetune.kernels.{request.module.OP}"
+        module = f"fusetune.kernels.{op}"
         kernels = importlib.import_module(module) if importlib.util.find_spec(module) else None
         if not (hasattr(kernels, "forward") or hasattr(kernels, "step")):
             pytest.skip(f"{module} has no launcher")
+    parameters = request.node.callspec.params.values()
+    if request.param == INTERPRETED and op != "adamw" and any(mentions(value, torch.bfloat16) for value in parameters):
+        pytest.skip("Triton's interpreter computes bfloat16 products wrongly")
     monkeypatch.setenv("FUSETUNE_BACKEND", name)
-    return Backend(name, device)
+    yield Backend(name, device)
+    extension.set_isa(before)
+
+
+cpu_backend = backend
 
 
 @pytest.fixture

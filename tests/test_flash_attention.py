@@ -41,7 +41,7 @@ def make(shape, dtype=FP32, device="cpu", layout=None):
 
 
 def cancelled(inputs, do, large_logits=False, dropout_p=0.0, **options):
-    """Floors for float32 terms that cancel in dS = P (dP - D), P = exp(logit - lse), beyond the roundings of the result.
+    """Floors for float32 terms that cancel in dS = P (dP - D), P = exp(logit - lse), beyond roundings of the result.
 
     dP_ij = z do_i.v_j, z = 1/(1-p), and its average D_i over the keys are each right to a rounding (eps/2) of their
     largest possible size z |do_i| max_j |v_j|, though dP - D may be far smaller. With their sum
@@ -50,9 +50,9 @@ def cancelled(inputs, do, large_logits=False, dropout_p=0.0, **options):
         error of dq_id <= scale sum_j P_ij e_i |k_jd| <= scale e_i max_j |k_jd|
         error of dk_jd <= scale sum_i P_ij e_i |q_id|, over the queries of all heads that read key j.
 
-    Where logits are large, a rounding of lse, which is one float32 of a size L_i = max_j |logit_ij|, is a relative error
-    eps/2 L_i of P, where plain torch may have none. As |dP - D| <= 2 z |do_i| max_j |v_j| this makes e_i larger by the
-    factor 1 + L_i, and
+    Where logits are large, a rounding of lse, which is one float32 of a size L_i = max_j |logit_ij|, is a relative
+    error eps/2 L_i of P, where plain torch may have none. As |dP - D| <= 2 z |do_i| max_j |v_j| this makes e_i larger
+    by the factor 1 + L_i, and
 
         error of dv_jd <= eps/2 z sum_i P_ij L_i |do_id|.
     """
@@ -110,7 +110,7 @@ def test_sequence_lengths(backend, Sq, Sk, causal, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("D", [1, 8, 17, *(pytest.param(D, marks=pytest.mark.large) for D in (32, 50, 64, 111, 128, 256))])
+@pytest.mark.parametrize("D", cases([(1,), (8,), (17,)], [(32,), (50,), (64,), (111,), (128,), (256,)]))
 def test_head_dimensions(backend, D, dtype):
     compare(*make((1, 2, 1, 35, 60, D), dtype, backend.device), causal=True)
 
@@ -287,11 +287,9 @@ def test_nan_and_infinity_reach_what_they_should(backend, name, poison):
         assert torch.equal(got[key].isfinite(), expected[key].isfinite()), key
 
 
-@pytest.mark.large
-def test_exp2(backend):
+@pytest.mark.usefixtures("cpu_backend")
+def test_exp2():
     """The claim in csrc/cpu/simd.h. With q = do = 1 and lse = o = 0, dv of a key is 2^k, if scale is ln 2."""
-    if backend.name != "cpu":
-        pytest.skip("about the CPU kernels' exponential")
 
     def exp2(x):
         one, lse = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1)
@@ -400,9 +398,9 @@ def test_opcheck(device, dtype, dropout_p, layout):
     seed = draw_seed(device) if dropout_p else None
     o, lse = torch.ops.fusetune.flash_attention_forward(*qkv, None, 0.3, True, dropout_p, seed)
     for mask in (None, padding("left", 2, 12, device)):
-        forward, backward = ((*qkv, mask, 0.3, True, dropout_p, seed), (do, *qkv, mask, o, lse, 0.3, True, dropout_p, seed))
-        torch.library.opcheck(torch.ops.fusetune.flash_attention_forward.default, forward)
-        torch.library.opcheck(torch.ops.fusetune.flash_attention_backward.default, backward)
+        options = 0.3, True, dropout_p, seed
+        torch.library.opcheck(torch.ops.fusetune.flash_attention_forward.default, (*qkv, mask, *options))
+        torch.library.opcheck(torch.ops.fusetune.flash_attention_backward.default, (do, *qkv, mask, o, lse, *options))
 
 
 @pytest.mark.parametrize("layout", [None, "bshd", "transposed"])

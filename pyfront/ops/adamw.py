@@ -54,25 +54,6 @@ def adamw_step(
         NotImplementedError: no backend works on the tensors' device.
     """
     _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs if amsgrad else exp_avgs, state_steps)
-    if params and choose("adamw", params[0].device) == "reference":
-        adamw_step_reference(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            max_exp_avg_sqs,
-            state_steps,
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=weight_decay,
-            eps=eps,
-            amsgrad=amsgrad,
-            maximize=maximize,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-        )
-        return
     _adamw_step(
         list(params),
         list(grads),
@@ -110,7 +91,8 @@ def adamw_step_reference(
         step += 1
         g = -grad if maximize else grad
         if grad_scale is not None:
-            g = g / grad_scale.to(g.dtype)
+            wide = torch.promote_types(g.dtype, torch.float32)  # in which GradScaler's first scale, 65536, is finite
+            g = (g.to(wide) / grad_scale.to(wide)).to(g.dtype)
         p.mul_(1 - lr * weight_decay)
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -161,8 +143,8 @@ class Table:
 
     def __init__(self) -> None:
         self._rows: list[int] = []
+        self._tensors: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]] = []  # kept alive
         self._copies: list[tuple[Tensor, Tensor]] = []  # original, copy
-        self._alive: list[Tensor] = []
 
     def add(
         self,
@@ -174,18 +156,22 @@ class Table:
         step: Tensor,
         group: int,
     ) -> None:
-        if param.dtype not in _native.DTYPES or grad.dtype is not param.dtype or grad.layout is not torch.strided:
-            _check([param], [grad], [exp_avg], [exp_avg_sq], [exp_avg], [step])
-        if not (
-            param.is_contiguous() and grad.is_contiguous() and exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()
-        ):
+        """Adds a row. Raises as `adamw_step` does."""
+        shape, dtype, device = param.shape, param.dtype, param.device
+        in_order, fits = param.is_contiguous(), dtype in _native.DTYPES and grad.layout is torch.strided
+        for tensor in (grad, exp_avg, exp_avg_sq, exp_avg if largest is None else largest):
+            fits = fits and tensor.shape == shape and tensor.dtype is dtype and tensor.device == device
+            in_order = in_order and fits and tensor.is_contiguous()
+        if not fits:
+            _check([param], [grad], [exp_avg], [exp_avg_sq], [exp_avg if largest is None else largest], [step])
+        if not in_order:
             # empty_like keeps a dense layout, whatever the order of its dimensions, and else is contiguous
             like = torch.empty_like(param)
             param, exp_avg, exp_avg_sq = (self._in_order(t, like) for t in (param, exp_avg, exp_avg_sq))
             largest = None if largest is None else self._in_order(largest, like)
             if grad.stride() != like.stride():
                 grad = like.copy_(grad)
-            self._alive.append(grad)
+        self._tensors.append((param, grad, exp_avg, exp_avg_sq, largest, step))
         self._rows += (
             param.data_ptr(),
             grad.data_ptr(),
@@ -242,12 +228,34 @@ class Table:
                     _native.address(found_inf),
                     torch.cuda.current_stream(device).cuda_stream,
                 )
-        else:
+        elif backend == "triton":
             from fusetune.kernels import adamw as triton_adamw
 
             triton_adamw.step(table, scalars, device, grad_scale, found_inf)
+        else:
+            self._reference(hypers, grad_scale, found_inf)
         for original, copy in self._copies:
             original.copy_(copy)
+
+    def _reference(
+        self, hypers: Sequence[Sequence[float]], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        for (*columns, largest, step), group in zip(
+            self._tensors, self._rows[len(COLUMNS) - 1 :: len(COLUMNS)], strict=True
+        ):
+            lr, beta1, beta2, eps, weight_decay, maximize = hypers[group]
+            adamw_step_reference(
+                *([column] for column in (*columns, largest, step)),
+                lr=lr,
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=weight_decay,
+                eps=eps,
+                amsgrad=largest is not None,
+                maximize=bool(maximize),
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+            )
 
 
 def _step(

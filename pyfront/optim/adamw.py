@@ -26,12 +26,13 @@ class AdamW(torch.optim.AdamW):
         TypeError: complex or float64 parameters. ValueError and RuntimeError as in torch.
     """
 
-    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(params, *args, **kwargs)
+    _step_supports_amp_scaling = True  # the GradScaler protocol: it sets grad_scale and found_inf
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         for option in ("capturable", "differentiable"):
-            if any(group[option] for group in self.param_groups):
+            if param_group.get(option, self.defaults[option]):
                 raise NotImplementedError(f"AdamW: {option} must be False, got True; torch.optim.AdamW has it")
-        self._step_supports_amp_scaling = True  # the GradScaler protocol: it sets grad_scale and found_inf
+        super().add_param_group(param_group)
 
     @overload
     def step(self, closure: None = None) -> None: ...
