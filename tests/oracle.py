@@ -55,7 +55,7 @@ def gradients(
 
     Args:
         function: differentiated at `inputs`.
-        inputs: floating tensors are detached copies' sources; others are passed on.
+        inputs: detached first; their values and strides stay.
         grad: gradient of the result, in any floating dtype; ones by default.
     """
     leaves = {name: t.detach().requires_grad_(t.requires_grad) for name, t in inputs.items()}

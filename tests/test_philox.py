@@ -7,7 +7,7 @@ import torch
 
 from fusetune.ops.philox import GROUP, ROUNDS, draw_seed, keep_mask, kept_scale, philox4x32, threshold
 
-SIDE = 512  # of the masks whose statistics are taken
+SIDE = 256  # of the masks whose statistics are taken
 ONES, PI = (0xFFFFFFFF,) * 6, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
 
 

@@ -240,12 +240,11 @@ class Table:
     def _reference(
         self, hypers: Sequence[Sequence[float]], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        for (*columns, largest, step), group in zip(
-            self._tensors, self._rows[len(COLUMNS) - 1 :: len(COLUMNS)], strict=True
-        ):
+        groups = self._rows[len(COLUMNS) - 1 :: len(COLUMNS)]
+        for (p, g, m, v, largest, step), group in zip(self._tensors, groups, strict=True):
             lr, beta1, beta2, eps, weight_decay, maximize = hypers[group]
             adamw_step_reference(
-                *([column] for column in (*columns, largest, step)),
+                *([p], [g], [m], [v], [] if largest is None else [largest], [step]),
                 lr=lr,
                 beta1=beta1,
                 beta2=beta2,
