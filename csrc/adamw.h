@@ -5,7 +5,7 @@
 //
 //   g  = grad / grad_scale, negated with maximize
 //   p  = p (1 - lr weight_decay)
-//   m  = fma(1 - beta1, g - m, m)
+//   m  = fma(1 - beta1, g - m, m), or where 1 - beta1 >= 1/2, from the nearer end, fma(-beta1, g - m, g)
 //   v  = fma((1 - beta2) g, g, v beta2)
 //   v' = max(v', v) with amsgrad, else v
 //   p  = p + (-lr / (1 - beta1^t)) m / (sqrt(v') / sqrt(1 - beta2^t) + eps)
@@ -45,7 +45,7 @@ namespace cpu {
 
 using AdamwStep = void(const int64_t* table, int64_t rows, const double* hypers,
                        const float* grad_scale,  // or null
-                       const float* found_inf,   // nothing is updated where this is 1; or null
+                       const float* found_inf,   // nothing is updated where this is not 0; or null
                        int threads);
 FUSETUNE_LAUNCHER(AdamwStep, adamw_step)
 

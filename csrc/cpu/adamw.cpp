@@ -9,14 +9,16 @@ namespace fusetune::cpu::FUSETUNE_LEVEL {
 namespace {
 
 struct Scalars {
-  float decay, beta1_complement, beta2, beta2_complement, sqrt_bias2, eps, negative_step_size, sign, grad_scale;
+  float decay, lerp, beta2, beta2_complement, sqrt_bias2, eps, negative_step_size, sign, grad_scale;
+  bool lerp_from_grad;
 };
 
 Scalars scalars(const double* hyper, double step, const float* grad_scale) {
   const double bias1 = 1 - pow(hyper[kBeta1], step), bias2 = 1 - pow(hyper[kBeta2], step);
+  const float weight = (float)(1 - hyper[kBeta1]);
   return {
       (float)(1 - hyper[kLr] * hyper[kWeightDecay]),
-      (float)(1 - hyper[kBeta1]),
+      weight < 0.5f ? weight : weight - 1,
       (float)hyper[kBeta2],
       (float)(1 - hyper[kBeta2]),
       (float)__builtin_sqrt(bias2),
@@ -24,6 +26,7 @@ Scalars scalars(const double* hyper, double step, const float* grad_scale) {
       (float)(-(hyper[kLr] / bias1)),
       hyper[kMaximize] ? -1.0f : 1.0f,
       grad_scale ? *grad_scale : 1.0f,
+      !(weight < 0.5f),
   };
 }
 
@@ -54,7 +57,7 @@ template <bool kAmsgrad>
 FUSETUNE_INLINE void update(const Scalars& s, f32v g, f32v& p, f32v& m, f32v& v, f32v& max_sq) {
   g = g * s.sign;
   if (s.grad_scale != 1) g = g / s.grad_scale;
-  m = fma(splat(s.beta1_complement), g - m, m);
+  m = fma(splat(s.lerp), g - m, s.lerp_from_grad ? g : m);
   v = fma(s.beta2_complement * g, g, v * s.beta2);
   max_sq = kAmsgrad ? max(max_sq, v) : v;
   p = p * s.decay + s.negative_step_size * m / (sqrt(max_sq) / s.sqrt_bias2 + s.eps);
@@ -103,7 +106,7 @@ void update_item(const Scalars& s, const int64_t* row, int64_t begin, int64_t en
 
 void adamw_step(const int64_t* table, int64_t rows, const double* hypers, const float* grad_scale,
                 const float* found_inf, int threads) {
-  if (found_inf && *found_inf == 1) return;
+  if (found_inf && *found_inf != 0) return;
   struct Row {
     Scalars scalars;
     int64_t first_item;

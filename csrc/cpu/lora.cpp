@@ -119,6 +119,7 @@ void lora_forward(const void* x_, const void* a, const void* b, const void* bias
     float* s_block = (float*)keep + kRows * kColumns;  // [kRows, width]
     float* left = s_block + kRows * width;             // [kRows, depth]
 
+    if (K == 0) memset(s_block, 0, 4 * rows * width);
     for (int64_t c0 = 0; c0 < K; c0 += kColumns) {
       const int64_t cols = smaller(kColumns, K - c0);
       if (dropout.threshold) mask_block(dropout, r0, rows, c0, keep);
@@ -186,6 +187,7 @@ void lora_backward(const void* dy_, const void* x_, const void* a, const void* b
         memcpy(s_block + i * width, s + (r0 + i) * R, 4 * R);
         for (int64_t r = R; r < width; r++) s_block[i * width + r] = 0;
       }
+      if (N == 0) memset(ds_block, 0, 4 * rows * width);
       for (int64_t c0 = 0; c0 < N; c0 += kColumns) {
         const int64_t cols = smaller(kColumns, N - c0);
         const Matrix dy_block = dy.block(r0, rows, c0, cols, block);

@@ -21,14 +21,16 @@ constexpr int kBlocks = 2;  // a multiprocessor
 constexpr int kChunk = 16384;
 
 struct Scalars {
-  float decay, beta1_complement, beta2, beta2_complement, sqrt_bias2, eps, negative_step_size, sign, grad_scale;
+  float decay, lerp, beta2, beta2_complement, sqrt_bias2, eps, negative_step_size, sign, grad_scale;
+  bool lerp_from_grad;
 };
 
 __device__ Scalars scalars_of(const double* hyper, double step, const float* grad_scale) {
   const double bias1 = 1 - pow(hyper[kBeta1], step), bias2 = 1 - pow(hyper[kBeta2], step);
+  const float weight = (float)(1 - hyper[kBeta1]);
   return {
       (float)(1 - hyper[kLr] * hyper[kWeightDecay]),
-      (float)(1 - hyper[kBeta1]),
+      weight < 0.5f ? weight : weight - 1,
       (float)hyper[kBeta2],
       (float)(1 - hyper[kBeta2]),
       (float)sqrt(bias2),
@@ -36,6 +38,7 @@ __device__ Scalars scalars_of(const double* hyper, double step, const float* gra
       (float)(-(hyper[kLr] / bias1)),
       hyper[kMaximize] ? -1.0f : 1.0f,
       grad_scale ? *grad_scale : 1.0f,
+      !(weight < 0.5f),
   };
 }
 
@@ -53,7 +56,7 @@ __device__ void update(const Scalars& s, T* param, const T* grad, T* exp_avg, T*
   if (s.grad_scale != 1) g = g / s.grad_scale;
   const float p = as_float(*param) * s.decay;
   float m = as_float(*exp_avg);
-  m = fmaf(s.beta1_complement, g - m, m);
+  m = fmaf(s.lerp, g - m, s.lerp_from_grad ? g : m);
   const float v = fmaf(s.beta2_complement * g, g, as_float(*exp_avg_sq) * s.beta2);
   float largest = v;
   if (kAmsgrad) {
@@ -115,7 +118,7 @@ __device__ void update_chunk(const Scalars& s, const int64_t* row, int64_t begin
 
 // Before the update, in a launch of its own: many blocks read a step count, and it advances once.
 __global__ void advance_steps(const int64_t* table, int64_t rows, const float* found_inf) {
-  if (found_inf && *found_inf == 1) return;
+  if (found_inf && *found_inf != 0) return;
   const int64_t r = (int64_t)blockIdx.x * kThreads + threadIdx.x;
   if (r < rows) *(float*)table[r * kAdamwColumns + kStep] += 1;
 }
@@ -124,7 +127,7 @@ __global__ void advance_steps(const int64_t* table, int64_t rows, const float* f
 __global__ void __launch_bounds__(kThreads, kBlocks)
     update_tensors(const int64_t* table, int64_t rows, const double* hypers, const float* grad_scale,
                    const float* found_inf) {
-  if (found_inf && *found_inf == 1) return;
+  if (found_inf && *found_inf != 0) return;
   __shared__ int64_t ends[kThreads];  // one past the last chunk of each of kThreads rows
   __shared__ Scalars scalars;
   int64_t group = -1;

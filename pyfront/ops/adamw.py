@@ -46,7 +46,7 @@ def adamw_step(
         state_steps: one-element float32 tensors, incremented.
         lr, beta1, beta2, weight_decay, eps, amsgrad, maximize: as in torch.optim.AdamW.
         grad_scale: one-element float32; gradients are divided by it.
-        found_inf: one-element float32; where it is 1 nothing is updated, the step counts included.
+        found_inf: one-element float32; where it is not 0 nothing is updated, the step counts included.
 
     Raises:
         TypeError: a dtype other than these, or sparse gradients.
@@ -85,7 +85,7 @@ def adamw_step_reference(
     found_inf: Tensor | None = None,
 ) -> None:
     """`adamw_step` in plain torch, tensor by tensor, at the tensors' own precision. Any floating dtype."""
-    if found_inf is not None and found_inf.item() == 1:
+    if found_inf is not None and found_inf.item() != 0:
         return
     for i, (p, grad, m, v, step) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, state_steps, strict=True)):
         step += 1
