@@ -11,7 +11,7 @@ Floor: flops over the tensor cores' rate in 16-bit types; float32 runs on the FM
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,21 +31,22 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By compute capability (at least), bytes of an element and padded head dimension (at most).
+# By compute capability, 8 standing for those not listed, and bytes of an element; then by padded head dimension at
+# most. The tiles of 8 fit the 99 KiB of shared memory of 8.6, 8.9 and 12.0.
 FORWARD = {
-    (8, 2): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-    (8, 4): {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 32, 4, 1)},
-    (9, 2): {64: Tile(128, 128, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
+    (8, 2): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+    (8, 4): {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 32, 8, 1)},
+    (9, 2): {64: Tile(128, 128, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
 }
 KEYS_BACKWARD = {
-    (8, 2): {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 4, 2), 256: Tile(32, 64, 8, 1)},
-    (8, 4): {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 8, 1)},
-    (9, 2): {64: Tile(64, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 64, 8, 1)},
+    (8, 2): {64: Tile(64, 32, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+    (8, 4): {64: Tile(32, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
+    (9, 2): {64: Tile(32, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
 }
 QUERIES_BACKWARD = {
-    (8, 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(64, 32, 8, 1)},
-    (8, 4): {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 8, 1)},
-    (9, 2): {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 64, 8, 1)},
+    (8, 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
+    (8, 4): {64: Tile(32, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
+    (9, 2): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(32, 32, 4, 1)},
 }
 DELTA_ROWS = 32
 
@@ -107,7 +108,7 @@ def forward_kernel(
     largest = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     acc = tl.zeros([QUERIES, DIM], tl.float32)
-    for MASKED in tl.static_range(2):
+    for MASKED in tl.static_range(0 if keep is None else 1, 2):
         for j0 in range(full if MASKED else 0, end if MASKED else full, KEYS):
             j = j0 + tl.arange(0, KEYS)
             k_tile = load_rows(k, j, k_stride[2], Sk, D, DIM)
@@ -179,7 +180,7 @@ def keys_backward_kernel(
         head = kv_head * GROUP + g
         q_head = q + b * q_stride[0] + h * q_stride[1]
         grad_o_head = grad_o + b * grad_o_stride[0] + h * grad_o_stride[1]
-        for MASKED in tl.static_range(2):
+        for MASKED in tl.static_range(0 if keep is None else 1, 2):
             for i0 in range(first if MASKED else full, full if MASKED else Sq, QUERIES):
                 i = i0 + tl.arange(0, QUERIES)
                 q_tile = load_rows(q_head, i, q_stride[2], Sq, D, DIM)
@@ -238,7 +239,7 @@ def queries_backward_kernel(
     full = tl.maximum(full, 0) // KEYS * KEYS
 
     acc = tl.zeros([QUERIES, DIM], tl.float32)
-    for MASKED in tl.static_range(2):
+    for MASKED in tl.static_range(0 if keep is None else 1, 2):
         for j0 in range(full if MASKED else 0, end if MASKED else full, KEYS):
             j = j0 + tl.arange(0, KEYS)
             k_tile = load_rows(k, j, k_stride[2], Sk, D, DIM)
@@ -256,10 +257,22 @@ def queries_backward_kernel(
     store_rows(dq + b * dq_stride[0] + h * dq_stride[1], i, dq_stride[2], Sq, acc * scale, D, DIM)
 
 
-def tile(table: dict[tuple[int, int], dict[int, Tile]], q: Tensor, DIM: int) -> Tile:
-    size = q.element_size()
-    rows = table.get((9, size), table[8, size]) if device.capability(q.device) >= 9 else table[8, size]
-    return rows[max(DIM, 64)]
+def options(table: dict[tuple[int, int], dict[int, Tile]], q: Tensor, causal: bool) -> tuple[Tile, dict[str, Any]]:
+    """Tile and compile-time arguments of a launch."""
+    D, size = q.shape[-1], q.element_size()
+    DIM = max(16, triton.next_power_of_2(D))
+    by_dim = table.get((device.capability(q.device), size), table[8, size])
+    tile = next(tile for most, tile in by_dim.items() if DIM <= most)
+    return tile, {
+        "D": D,
+        "DIM": DIM,
+        "CAUSAL": causal,
+        "QUERIES": tile.queries,
+        "KEYS": tile.keys,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "enable_fp_fusion": True,
+    }
 
 
 def forward(
@@ -275,20 +288,19 @@ def forward(
     seed: Tensor | None,
 ) -> None:
     """Writes o and lse. Arguments as in csrc/flash_attention.h; seed is a one-element int64 tensor, None without dropout."""
-    (B, H, Sq, D), (Hkv, Sk) = q.shape, k.shape[1:3]
+    (B, H, Sq, _), (Hkv, Sk) = q.shape, k.shape[1:3]
     if o.numel() == 0:
         lse.fill_(-torch.inf)
         return
-    DIM = max(16, triton.next_power_of_2(D))
-    queries, keys, warps, stages = tile(FORWARD, q, DIM)
+    tile, constants = options(FORWARD, q, causal)
     with device.guard(q.device):
-        forward_kernel[(triton.cdiv(Sq, queries) * B * H,)](
+        forward_kernel[(triton.cdiv(Sq, tile.queries) * B * H,)](
             *(q, k, v, keep, o, lse, seed),
             *(t.stride()[:3] for t in (q, k, v, o)),
             0 if keep is None else keep.stride(0),
             *(H, H // Hkv, Sq, Sk),
             *(scale, *dropped(dropout_p)),
-            **dict(D=D, DIM=DIM, CAUSAL=causal, QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages),
+            **constants,
         )
 
 
@@ -314,26 +326,26 @@ def backward(
         for gradient in (dq, dk, dv):
             gradient.zero_()
         return
-    DIM = max(16, triton.next_power_of_2(D))
     keep_stride = 0 if keep is None else keep.stride(0)
     delta = torch.empty_like(lse)
     with device.guard(q.device):
         delta_kernel[(triton.cdiv(Sq, DELTA_ROWS) * B * H,)](
-            *(grad_o, o, delta, grad_o.stride()[:3], o.stride()[:3], H, Sq), D=D, DIM=DIM, ROWS=DELTA_ROWS
+            *(grad_o, o, delta, grad_o.stride()[:3], o.stride()[:3], H, Sq),
+            **dict(D=D, DIM=max(16, triton.next_power_of_2(D)), ROWS=DELTA_ROWS, enable_fp_fusion=True),
         )
-        queries, keys, warps, stages = tile(KEYS_BACKWARD, q, DIM)
-        keys_backward_kernel[(triton.cdiv(Sk, keys) * B * Hkv,)](
+        tile, constants = options(KEYS_BACKWARD, q, causal)
+        keys_backward_kernel[(triton.cdiv(Sk, tile.keys) * B * Hkv,)](
             *(grad_o, q, k, v, keep, lse, delta, dk, dv, seed),
             *(t.stride()[:3] for t in (grad_o, q, k, v, dk, dv)),
             *(keep_stride, Hkv, H // Hkv, Sq, Sk),
             *(scale, *dropped(dropout_p)),
-            **dict(D=D, DIM=DIM, CAUSAL=causal, QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages),
+            **constants,
         )
-        queries, keys, warps, stages = tile(QUERIES_BACKWARD, q, DIM)
-        queries_backward_kernel[(triton.cdiv(Sq, queries) * B * H,)](
+        tile, constants = options(QUERIES_BACKWARD, q, causal)
+        queries_backward_kernel[(triton.cdiv(Sq, tile.queries) * B * H,)](
             *(grad_o, q, k, v, keep, lse, delta, dq, seed),
             *(t.stride()[:3] for t in (grad_o, q, k, v, dq)),
             *(keep_stride, H, H // Hkv, Sq, Sk),
             *(scale, *dropped(dropout_p)),
-            **dict(D=D, DIM=DIM, CAUSAL=causal, QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages),
+            **constants,
         )
