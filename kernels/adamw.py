@@ -1,10 +1,10 @@
 """AdamW step over many tensors in Triton: the contract is csrc/adamw.h, the caller pyfront/ops/adamw.py.
 
-For each storage type, with and without amsgrad, a step is two launches over all of its tensors: one for the scalars, bias corrections and step
-counts among them, and one for the elements, of which a program takes ITEM of one tensor, found by a binary search in
-the table. The table reaches the device in one copy from pinned memory, and nothing synchronizes. Divisions and roots are rounded
-as IEEE 754 has it, and products and sums are not contracted, so that results are those of the CPU kernel bit by bit
-where the scalars are.
+For each storage type, with and without amsgrad, a step is two launches over all of its tensors: one for the scalars,
+bias corrections and step counts among them, and one for the elements, of which a program takes ITEM of one tensor,
+found by a binary search in the table. The table reaches the device in one copy from pinned memory, and nothing
+synchronizes. Divisions and roots are rounded as IEEE 754 has it, and products and sums are not contracted, so that
+results are those of the CPU kernel bit by bit where the scalars are.
 
 Floor: the contract's bytes over the stream rate.
 """
@@ -164,10 +164,13 @@ def launch(
     with guard(device):
         scalars_kernel[(triton.cdiv(len(rows), SCALAR_ROWS),)](
             *(table, len(rows), hypers.view(torch.float64), scalars, found_inf),
-            **dict(ROWS=SCALAR_ROWS, enable_fp_fusion=False),
+            ROWS=SCALAR_ROWS,
+            enable_fp_fusion=False,
         )
         update_kernel[(int(items.sum()),)](
             *(table, len(rows), first_item, scalars, grad_scale, found_inf),
-            **dict(STORAGE=dtype, AMSGRAD=amsgrad, ALIGNED=not (rows[:, : STEP.value] % 16).any()),
+            STORAGE=dtype,
+            AMSGRAD=amsgrad,
+            ALIGNED=not (rows[:, : STEP.value] % 16).any(),
             enable_fp_fusion=False,
         )

@@ -1,9 +1,9 @@
 """Flash attention in Triton: the contract is csrc/flash_attention.h, the caller pyfront/ops/flash_attention.py.
 
-Forward is one kernel over blocks of queries. Backward is three, deterministic and without atomics: delta = rowsum(do o);
-dk and dv over blocks of keys; dq over blocks of queries. The logits are computed in both of the latter: 7 products of
+Forward is one kernel over blocks of queries. Backward is three, deterministic and without atomics: delta = rowsum
+(do . o); dk and dv over blocks of keys; dq over blocks of queries. Both of the latter compute the logits: 7 products of
 2 B H Sq Sk D flops where one pass would need 5. Blocks that causal hides are skipped, and the mask is evaluated only in
-blocks that it cuts.
+blocks that it cuts, or in all with a padding mask.
 
 Floor: flops over the tensor cores' rate in 16-bit types; float32 runs on the FMA units, because TF32 would lose 13 of
 24 bits.
@@ -262,7 +262,7 @@ def options(table: dict[tuple[int, int], dict[int, Tile]], q: Tensor, causal: bo
     D, size = q.shape[-1], q.element_size()
     DIM = max(16, triton.next_power_of_2(D))
     by_dim = table.get((device.capability(q.device), size), table[8, size])
-    tile = next(tile for most, tile in by_dim.items() if DIM <= most)
+    tile = next(tile for most, tile in by_dim.items() if most >= DIM)
     return tile, {
         "D": D,
         "DIM": DIM,
@@ -287,7 +287,7 @@ def forward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> None:
-    """Writes o and lse. Arguments as in csrc/flash_attention.h; seed is a one-element int64 tensor, None without dropout."""
+    """Writes o and lse. Arguments as in csrc/flash_attention.h; seed is a one-element int64 tensor, or None."""
     (B, H, Sq, _), (Hkv, Sk) = q.shape, k.shape[1:3]
     if o.numel() == 0:
         lse.fill_(-torch.inf)
@@ -331,7 +331,10 @@ def backward(
     with device.guard(q.device):
         delta_kernel[(triton.cdiv(Sq, DELTA_ROWS) * B * H,)](
             *(grad_o, o, delta, grad_o.stride()[:3], o.stride()[:3], H, Sq),
-            **dict(D=D, DIM=max(16, triton.next_power_of_2(D)), ROWS=DELTA_ROWS, enable_fp_fusion=True),
+            D=D,
+            DIM=max(16, triton.next_power_of_2(D)),
+            ROWS=DELTA_ROWS,
+            enable_fp_fusion=True,
         )
         tile, constants = options(KEYS_BACKWARD, q, causal)
         keys_backward_kernel[(triton.cdiv(Sk, tile.keys) * B * Hkv,)](

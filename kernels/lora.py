@@ -60,7 +60,9 @@ SUM_SIZE = 1024
 @triton.jit
 def load_masked(t, row, row_stride, col, M, C, seed, first_col, threshold, COLS: tl.constexpr):
     """t . D at [ROWS, COLS], zeros beyond [M, C]; seed is its value."""
-    tile = tl.load(t + row.to(tl.int64)[:, None] * row_stride + col[None, :], (row < M)[:, None] & (col < C)[None, :], 0.0)
+    tile = tl.load(
+        t + row.to(tl.int64)[:, None] * row_stride + col[None, :], (row < M)[:, None] & (col < C)[None, :], 0.0
+    )
     if seed is not None:
         tile = tl.where(keep_mask(seed, row, 0, first_col, threshold, COLS), tile, 0.0)
     return tile
@@ -80,9 +82,13 @@ def down_kernel(
     for c0 in range(0, C, COLS):
         col = c0 + tl.arange(0, COLS)
         t_tile = load_masked(t, row, t_row, col, M, C, seed, c0, threshold, COLS)
-        w_tile = tl.load(w + rank[None, :] * w_rank + col[:, None] * w_col, (rank < R)[None, :] & (col < C)[:, None], 0.0)
+        w_tile = tl.load(
+            w + rank[None, :] * w_rank + col[:, None] * w_col, (rank < R)[None, :] & (col < C)[:, None], 0.0
+        )
         acc = tl.dot(t_tile.to(w_tile.dtype), w_tile, acc, input_precision=PRECISION)
-    tl.store(out + row.to(tl.int64)[:, None] * R + rank[None, :], acc * factor, (row < M)[:, None] & (rank < R)[None, :])
+    tl.store(
+        out + row.to(tl.int64)[:, None] * R + rank[None, :], acc * factor, (row < M)[:, None] & (rank < R)[None, :]
+    )
 
 
 @triton.jit
@@ -99,8 +105,12 @@ def up_kernel(
     acc = tl.zeros([ROWS, COLS], tl.float32)
     for r0 in range(0, R, RANK):
         rank = r0 + tl.arange(0, RANK)
-        t_tile = tl.load(t + row.to(tl.int64)[:, None] * R + rank[None, :], (row < M)[:, None] & (rank < R)[None, :], 0.0)
-        w_tile = tl.load(w + rank[:, None] * w_rank + col[None, :] * w_col, (rank < R)[:, None] & (col < C)[None, :], 0.0)
+        t_tile = tl.load(
+            t + row.to(tl.int64)[:, None] * R + rank[None, :], (row < M)[:, None] & (rank < R)[None, :], 0.0
+        )
+        w_tile = tl.load(
+            w + rank[:, None] * w_rank + col[None, :] * w_col, (rank < R)[:, None] & (col < C)[None, :], 0.0
+        )
         acc = tl.dot(t_tile.to(w_tile.dtype), w_tile, acc, input_precision=PRECISION)
     acc *= factor
     if seed is not None:
@@ -127,7 +137,9 @@ def outer_kernel(
     for m0 in range(first_row, tl.minimum(first_row + part_rows, M), ROWS):
         row = m0 + tl.arange(0, ROWS)
         u_tile = load_masked(u, row, u_row, col, M, C, seed, first_col, threshold, COLS)
-        t_tile = tl.load(t + row.to(tl.int64)[:, None] * R + rank[None, :], (row < M)[:, None] & (rank < R)[None, :], 0.0)
+        t_tile = tl.load(
+            t + row.to(tl.int64)[:, None] * R + rank[None, :], (row < M)[:, None] & (rank < R)[None, :], 0.0
+        )
         acc = tl.dot(tl.trans(u_tile.to(DOT)), t_tile.to(DOT), acc, input_precision=PRECISION)
     out += tl.program_id(2).to(tl.int64) * out_part
     pointers = out + rank[None, :] * out_rank + col[:, None] * out_col
@@ -165,7 +177,9 @@ def padded(R: int, most: int) -> int:
     return min(max(16, triton.next_power_of_2(R)), most)
 
 
-def down(t: Tensor, w: Tensor, w_strides: tuple[int, int], out: Tensor, factor: float, threshold: int, seed: Tensor | None):
+def down(
+    t: Tensor, w: Tensor, w_strides: tuple[int, int], out: Tensor, factor: float, threshold: int, seed: Tensor | None
+) -> None:
     (M, C), R = t.shape, out.shape[1]
     tile, constants = options(DOWN, padded(R, MAX_RANK), t.dtype, w.dtype)
     grid = (triton.cdiv(M, tile.rows), triton.cdiv(R, constants["RANK"]))
@@ -223,7 +237,7 @@ def forward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> None:
-    """Writes y0 to y, and s. Arguments as in csrc/lora.h; seed is a one-element int64 tensor, None without dropout."""
+    """Writes y0 to y, and s. Arguments as in csrc/lora.h; seed is a one-element int64 tensor, or None."""
     K, R = x.shape[1], a.shape[0]
     threshold, kept_scale = dropped(dropout_p)
     bias = None if bias is None else bias.contiguous()

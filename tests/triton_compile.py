@@ -60,7 +60,7 @@ def adamw_case(dtype: torch.dtype, amsgrad: bool, aligned: bool) -> None:
 
 
 def cases() -> dict[str, Callable[[], None]]:
-    """Calls of launch functions, by name. PROMISED says which of them must not spill."""
+    """Calls of launch functions, by name."""
     found: dict[str, Callable[[], None]] = {}
     short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     for dtype, name in short.items():
@@ -107,7 +107,8 @@ def launches(call: Callable[[], None], target: int) -> list[Launch]:
         options = {name: kwargs.pop(name) for name in list(kwargs) if name not in kernel.arg_names}
         found.append(Launch(kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs, options))
 
-    with mock.patch.object(JITFunction, "run", record), mock.patch.object(device, "capability", lambda _: target // 10):
+    capability = mock.patch.object(device, "capability", return_value=target // 10)
+    with mock.patch.object(JITFunction, "run", record), capability:
         call()
     return found
 
@@ -173,7 +174,11 @@ def compile_all(names: Iterable[str]) -> list[Usage]:
         os.environ.pop("TRITON_INTERPRET", None)
         workers = min(os.cpu_count() or 1, len(jobs))
         pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-        return [usage for usages in stack.enter_context(pool).map(compile_case, *zip(*jobs, strict=True)) for usage in usages]
+        return [
+            usage
+            for usages in stack.enter_context(pool).map(compile_case, *zip(*jobs, strict=True))
+            for usage in usages
+        ]
 
 
 def main(words: list[str]) -> None:
