@@ -37,46 +37,45 @@ FORWARD = {
     (8, 2): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
     (8, 4): {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 32, 8, 1)},
     (9, 2): {64: Tile(128, 128, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
+    (9, 4): {64: Tile(32, 32, 4, 2), 128: Tile(16, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
 }
 KEYS_BACKWARD = {
-    (8, 2): {64: Tile(64, 32, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
-    (8, 4): {64: Tile(32, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
-    (9, 2): {64: Tile(32, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+    (8, 2): {64: Tile(64, 32, 4, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+    (8, 4): {64: Tile(16, 32, 8, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 8, 1)},
+    (9, 2): {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
 }
 QUERIES_BACKWARD = {
     (8, 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
     (8, 4): {64: Tile(32, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
     (9, 2): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(32, 32, 4, 1)},
 }
-DELTA_ROWS = 32
+DELTA_SIZE = 2048  # elements of a tile of delta_kernel
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def load_rows(base, row, row_stride, rows, D: tl.constexpr, DIM: tl.constexpr):
-    """[len(row), DIM] of a [rows, D] matrix, zeros elsewhere."""
+def load_rows(base, row, row_stride, inside, D: tl.constexpr, DIM: tl.constexpr):
+    """Rows of a [*, D] matrix as [len(row), DIM], zeros beyond D and where a row is not inside."""
     d = tl.arange(0, DIM)[None, :]
-    return tl.load(base + row.to(tl.int64)[:, None] * row_stride + d, (row < rows)[:, None] & (d < D), other=0.0)
+    return tl.load(base + row.to(tl.int64)[:, None] * row_stride + d, inside[:, None] & (d < D), other=0.0)
 
 
 @triton.jit
-def store_rows(base, row, row_stride, rows, values, D: tl.constexpr, DIM: tl.constexpr):
+def store_rows(base, row, row_stride, inside, values, D: tl.constexpr, DIM: tl.constexpr):
     d = tl.arange(0, DIM)[None, :]
     pointers = base + row.to(tl.int64)[:, None] * row_stride + d
-    tl.store(pointers, values.to(base.dtype.element_ty), (row < rows)[:, None] & (d < D))
+    tl.store(pointers, values.to(base.dtype.element_ty), inside[:, None] & (d < D))
 
 
 @triton.jit
-def seen_keys(i, j, keep, Sq, Sk, CAUSAL: tl.constexpr):
-    """Which keys j queries i see; i and j broadcast together, keep is the row of the batch or None."""
-    seen = (j < Sk) & (i < Sq)
-    if CAUSAL:
-        seen &= j <= i + Sk - Sq
+def kept_keys(j, keep, Sk):
+    """Which keys j there are, and are not padding; keep is the batch's row of the mask, or None."""
+    kept = j < Sk
     if keep is not None:
-        seen &= tl.load(keep + j, j < Sk, other=0) != 0
-    return seen
+        kept &= tl.load(keep + j, kept, other=0) != 0
+    return kept
 
 
 @triton.jit
@@ -90,7 +89,7 @@ def forward_kernel(
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     first = (blocks - 1 - tl.program_id(0) % blocks) * QUERIES  # with causal the last queries see the most keys
     i = first + tl.arange(0, QUERIES)
-    q_tile = load_rows(q + b * q_stride[0] + h * q_stride[1], i, q_stride[2], Sq, D, DIM)
+    q_tile = load_rows(q + b * q_stride[0] + h * q_stride[1], i, q_stride[2], i < Sq, D, DIM)
     k += b * k_stride[0] + h // GROUP * k_stride[1]
     v += b * v_stride[0] + h // GROUP * v_stride[1]
     if keep is not None:
@@ -111,10 +110,13 @@ def forward_kernel(
     for MASKED in tl.static_range(0 if keep is None else 1, 2):
         for j0 in range(full if MASKED else 0, end if MASKED else full, KEYS):
             j = j0 + tl.arange(0, KEYS)
-            k_tile = load_rows(k, j, k_stride[2], Sk, D, DIM)
+            kept = kept_keys(j, keep, Sk)
+            k_tile = load_rows(k, j, k_stride[2], kept, D, DIM)
             logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * (scale * LOG2E)
             if MASKED:
-                seen = seen_keys(i[:, None], j[None, :], keep, Sq, Sk, CAUSAL)
+                seen = kept[None, :]
+                if CAUSAL:
+                    seen &= j[None, :] <= i[:, None] + Sk - Sq
                 logits = tl.where(seen, logits, float("-inf"))
             new_largest = tl.maximum(largest, tl.max(logits, 1))
             base = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # of rows that see nothing so far
@@ -123,12 +125,14 @@ def forward_kernel(
             total = total * rescale + tl.sum(p, 1)
             if seed is not None:
                 p = tl.where(keep_mask(seed, i, head, j0, threshold, KEYS), p, 0.0)
-            v_tile = load_rows(v, j, v_stride[2], Sk, D, DIM)
+            v_tile = load_rows(v, j, v_stride[2], kept, D, DIM)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
             largest = new_largest
 
     total = tl.where(total == 0, 1.0, total)  # of rows that see nothing: acc = 0 and largest = -inf
-    store_rows(o + b * o_stride[0] + h * o_stride[1], i, o_stride[2], Sq, acc * (kept_scale / total)[:, None], D, DIM)
+    store_rows(
+        o + b * o_stride[0] + h * o_stride[1], i, o_stride[2], i < Sq, acc * (kept_scale / total)[:, None], D, DIM
+    )
     tl.store(lse + head.to(tl.int64) * Sq + i, (largest + tl.log2(total)) * LN2, i < Sq)
 
 
@@ -140,8 +144,8 @@ def delta_kernel(
     head = tl.program_id(0) // blocks
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     i = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    do = load_rows(grad_o + b * grad_o_stride[0] + h * grad_o_stride[1], i, grad_o_stride[2], Sq, D, DIM)
-    o_tile = load_rows(o + b * o_stride[0] + h * o_stride[1], i, o_stride[2], Sq, D, DIM)
+    do = load_rows(grad_o + b * grad_o_stride[0] + h * grad_o_stride[1], i, grad_o_stride[2], i < Sq, D, DIM)
+    o_tile = load_rows(o + b * o_stride[0] + h * o_stride[1], i, o_stride[2], i < Sq, D, DIM)
     tl.store(delta + head.to(tl.int64) * Sq + i, tl.sum(do.to(tl.float32) * o_tile.to(tl.float32), 1), i < Sq)
 
 
@@ -157,10 +161,11 @@ def keys_backward_kernel(
     b, h_kv = (kv_head // Hkv).to(tl.int64), (kv_head % Hkv).to(tl.int64)
     j0 = tl.program_id(0) % blocks * KEYS  # with causal the first keys are seen by the most queries
     j = j0 + tl.arange(0, KEYS)
-    k_tile = load_rows(k + b * k_stride[0] + h_kv * k_stride[1], j, k_stride[2], Sk, D, DIM)
-    v_tile = load_rows(v + b * v_stride[0] + h_kv * v_stride[1], j, v_stride[2], Sk, D, DIM)
     if keep is not None:
         keep += b * keep_stride
+    kept = kept_keys(j, keep, Sk)
+    k_tile = load_rows(k + b * k_stride[0] + h_kv * k_stride[1], j, k_stride[2], kept, D, DIM)
+    v_tile = load_rows(v + b * v_stride[0] + h_kv * v_stride[1], j, v_stride[2], kept, D, DIM)
     if seed is not None:
         seed = tl.load(seed)
 
@@ -183,8 +188,8 @@ def keys_backward_kernel(
         for MASKED in tl.static_range(0 if keep is None else 1, 2):
             for i0 in range(first if MASKED else full, full if MASKED else Sq, QUERIES):
                 i = i0 + tl.arange(0, QUERIES)
-                q_tile = load_rows(q_head, i, q_stride[2], Sq, D, DIM)
-                do = load_rows(grad_o_head, i, grad_o_stride[2], Sq, D, DIM)
+                q_tile = load_rows(q_head, i, q_stride[2], i < Sq, D, DIM)
+                do = load_rows(grad_o_head, i, grad_o_stride[2], i < Sq, D, DIM)
                 row_lse = tl.load(lse + head.to(tl.int64) * Sq + i, i < Sq, other=float("-inf")) * LOG2E
                 row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)  # rows that see nothing: p = 0
                 row_delta = tl.load(delta + head.to(tl.int64) * Sq + i, i < Sq, other=0.0)
@@ -192,19 +197,22 @@ def keys_backward_kernel(
                 logits = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * (scale * LOG2E)
                 p = tl.exp2(logits - row_lse[None, :])
                 if MASKED:
-                    p = tl.where(seen_keys(i[None, :], j[:, None], keep, Sq, Sk, CAUSAL), p, 0.0)
+                    seen = kept[:, None]
+                    if CAUSAL:
+                        seen &= j[:, None] <= i[None, :] + Sk - Sq
+                    p = tl.where(seen, p, 0.0)
                 dp = tl.dot(v_tile, tl.trans(do), input_precision="ieee")
                 dropped = p
                 if seed is not None:
-                    kept = tl.trans(keep_mask(seed, i, head, j0, threshold, KEYS))
-                    dropped = tl.where(kept, p, 0.0)
-                    dp = tl.where(kept, dp * kept_scale, 0.0)
+                    undropped = tl.trans(keep_mask(seed, i, head, j0, threshold, KEYS))
+                    dropped = tl.where(undropped, p, 0.0)
+                    dp = tl.where(undropped, dp * kept_scale, 0.0)
                 dv_acc = tl.dot(dropped.to(do.dtype), do, dv_acc, input_precision="ieee")
                 ds = p * (dp - row_delta[None, :])
                 dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
 
-    store_rows(dk + b * dk_stride[0] + h_kv * dk_stride[1], j, dk_stride[2], Sk, dk_acc * scale, D, DIM)
-    store_rows(dv + b * dv_stride[0] + h_kv * dv_stride[1], j, dv_stride[2], Sk, dv_acc * kept_scale, D, DIM)
+    store_rows(dk + b * dk_stride[0] + h_kv * dk_stride[1], j, dk_stride[2], j < Sk, dk_acc * scale, D, DIM)
+    store_rows(dv + b * dv_stride[0] + h_kv * dv_stride[1], j, dv_stride[2], j < Sk, dv_acc * kept_scale, D, DIM)
 
 
 @triton.jit
@@ -219,8 +227,8 @@ def queries_backward_kernel(
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     first = (blocks - 1 - tl.program_id(0) % blocks) * QUERIES
     i = first + tl.arange(0, QUERIES)
-    q_tile = load_rows(q + b * q_stride[0] + h * q_stride[1], i, q_stride[2], Sq, D, DIM)
-    do = load_rows(grad_o + b * grad_o_stride[0] + h * grad_o_stride[1], i, grad_o_stride[2], Sq, D, DIM)
+    q_tile = load_rows(q + b * q_stride[0] + h * q_stride[1], i, q_stride[2], i < Sq, D, DIM)
+    do = load_rows(grad_o + b * grad_o_stride[0] + h * grad_o_stride[1], i, grad_o_stride[2], i < Sq, D, DIM)
     row_lse = tl.load(lse + head.to(tl.int64) * Sq + i, i < Sq, other=float("-inf")) * LOG2E
     row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)  # rows that see nothing: p = 0
     row_delta = tl.load(delta + head.to(tl.int64) * Sq + i, i < Sq, other=0.0)
@@ -242,25 +250,33 @@ def queries_backward_kernel(
     for MASKED in tl.static_range(0 if keep is None else 1, 2):
         for j0 in range(full if MASKED else 0, end if MASKED else full, KEYS):
             j = j0 + tl.arange(0, KEYS)
-            k_tile = load_rows(k, j, k_stride[2], Sk, D, DIM)
-            v_tile = load_rows(v, j, v_stride[2], Sk, D, DIM)
+            kept = kept_keys(j, keep, Sk)
+            k_tile = load_rows(k, j, k_stride[2], kept, D, DIM)
+            v_tile = load_rows(v, j, v_stride[2], kept, D, DIM)
             logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * (scale * LOG2E)
             p = tl.exp2(logits - row_lse[:, None])
             if MASKED:
-                p = tl.where(seen_keys(i[:, None], j[None, :], keep, Sq, Sk, CAUSAL), p, 0.0)
+                seen = kept[None, :]
+                if CAUSAL:
+                    seen &= j[None, :] <= i[:, None] + Sk - Sq
+                p = tl.where(seen, p, 0.0)
             dp = tl.dot(do, tl.trans(v_tile), input_precision="ieee")
             if seed is not None:
                 dp = tl.where(keep_mask(seed, i, head, j0, threshold, KEYS), dp * kept_scale, 0.0)
             ds = p * (dp - row_delta[:, None])
             acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
 
-    store_rows(dq + b * dq_stride[0] + h * dq_stride[1], i, dq_stride[2], Sq, acc * scale, D, DIM)
+    store_rows(dq + b * dq_stride[0] + h * dq_stride[1], i, dq_stride[2], i < Sq, acc * scale, D, DIM)
+
+
+def padded(D: int) -> int:
+    return max(16, triton.next_power_of_2(D))
 
 
 def options(table: dict[tuple[int, int], dict[int, Tile]], q: Tensor, causal: bool) -> tuple[Tile, dict[str, Any]]:
     """Tile and compile-time arguments of a launch."""
     D, size = q.shape[-1], q.element_size()
-    DIM = max(16, triton.next_power_of_2(D))
+    DIM = padded(D)
     by_dim = table.get((device.capability(q.device), size), table[8, size])
     tile = next(tile for most, tile in by_dim.items() if most >= DIM)
     return tile, {
@@ -328,12 +344,13 @@ def backward(
         return
     keep_stride = 0 if keep is None else keep.stride(0)
     delta = torch.empty_like(lse)
+    DIM = padded(D)
     with device.guard(q.device):
-        delta_kernel[(triton.cdiv(Sq, DELTA_ROWS) * B * H,)](
+        delta_kernel[(triton.cdiv(Sq, DELTA_SIZE // DIM) * B * H,)](
             *(grad_o, o, delta, grad_o.stride()[:3], o.stride()[:3], H, Sq),
             D=D,
-            DIM=max(16, triton.next_power_of_2(D)),
-            ROWS=DELTA_ROWS,
+            DIM=DIM,
+            ROWS=DELTA_SIZE // DIM,
             enable_fp_fusion=True,
         )
         tile, constants = options(KEYS_BACKWARD, q, causal)
