@@ -3,15 +3,18 @@ or on a GPU; and that they compile for GPUs where there is none."""
 
 import pytest
 import torch
-import triton
-import triton.language as tl
-import triton_compile
 from oracle import assert_right, gradients, to_double
 
 from fusetune import ops
-from fusetune.kernels import lora
-from fusetune.kernels.philox import dropped, keep_mask
 from fusetune.ops import philox
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+import triton.language as tl  # noqa: E402
+import triton_compile  # noqa: E402
+
+from fusetune.kernels import lora  # noqa: E402
+from fusetune.kernels.philox import dropped, keep_mask  # noqa: E402
 
 FP32, FP16 = torch.float32, torch.float16  # the interpreter computes bfloat16 products wrongly: those are compiled only
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
