@@ -1,0 +1,52 @@
+"""Dropout masks of csrc/philox.h, made in registers.
+
+A tile of 32, 64 or 128 columns needs 16 counters a row, one for every 2, 4 or 8 of its elements. Triton gives their
+words the layout of the tile that they mask; the 16 neighbouring counters of a group lie so that each thread of a
+tensor-core tile computes the words of its own columns, without a shuffle.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+ROUNDS = tl.constexpr(7)
+
+
+def dropped(p: float) -> tuple[int, float]:
+    """Of the 65536 values of a mask element, how many are dropped; and the factor of kept elements, 0 where none is."""
+    threshold = int(p * 65536 + 0.5)
+    return threshold, 65536 / (65536 - threshold) if threshold < 65536 else 0.0
+
+
+@triton.jit
+def keep_mask(seed, row_low, row_high, first_col, threshold, COLS: tl.constexpr):
+    """Which elements of a tile dropout keeps: [ROWS, COLS] int1.
+
+    Args:
+        seed: int64, the value of the op's seed tensor.
+        row_low, row_high: [ROWS] or scalar int32, the halves of the 64-bit row number.
+        first_col: int32, a multiple of COLS.
+        threshold: int32, of 65536 values the number that is dropped.
+        COLS: 32, 64 or 128.
+    """
+    tl.static_assert(COLS == 32 or COLS == 64 or COLS == 128)
+    ROWS: tl.constexpr = row_low.shape[0]
+    lane = tl.arange(0, 16)[None, :]
+    group = first_col // 128
+    w0, w1, w2, w3 = tl.philox(seed, 16 * group + lane, row_low[:, None], row_high, 0, n_rounds=ROUNDS)
+    # Word i holds pieces 2i and 2i + 1; a piece is 16 neighbouring columns.
+    if COLS == 128:
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [ROWS, 16, i div 2, i mod 2]
+    else:
+        upper = first_col % 128 >= 64
+        w0, w1 = tl.where(upper, w2, w0), tl.where(upper, w3, w1)
+        words = tl.join(w0, w1) if COLS == 64 else tl.where(first_col % 64 >= 32, w1, w0)
+    kept = tl.join((words & 0xFFFF).to(tl.int32) >= threshold, (words >> 16).to(tl.int32) >= threshold)
+    if COLS == 128:
+        kept = tl.permute(kept, 0, 2, 3, 4, 1)
+    elif COLS == 64:
+        kept = tl.permute(kept, 0, 2, 3, 1)
+    else:
+        kept = tl.permute(kept, 0, 2, 1)
+    return tl.reshape(kept, (ROWS, COLS))

@@ -1,0 +1,217 @@
+"""What the Triton kernels promise beyond what the ops' tests ask of every backend: masks, tiles and sums, interpreted
+or on a GPU; and that they compile for GPUs where there is none."""
+
+import pytest
+import torch
+from oracle import assert_right, gradients, to_double
+
+from fusetune import ops
+from fusetune.ops import philox
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+import triton.language as tl  # noqa: E402
+import triton_compile  # noqa: E402
+
+from fusetune.kernels import lora  # noqa: E402
+from fusetune.kernels.philox import dropped, keep_mask  # noqa: E402
+
+FP32, FP16 = torch.float32, torch.float16  # the interpreter computes bfloat16 products wrongly: those are compiled only
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _triton(monkeypatch):
+    monkeypatch.setenv("FUSETUNE_BACKEND", "triton")
+
+
+@triton.jit
+def mask_kernel(out, seed, threshold, row_high, first_row, ROWS: tl.constexpr, COLS: tl.constexpr):
+    row, first_col = tl.arange(0, ROWS), tl.program_id(0) * COLS
+    kept = keep_mask(tl.load(seed), first_row + row, row_high, first_col, threshold, COLS)
+    pointers = out + row[:, None] * tl.num_programs(0) * COLS + first_col + tl.arange(0, COLS)[None, :]
+    tl.store(pointers, kept.to(tl.int8))
+
+
+@pytest.mark.parametrize("p", [0.1, 1.0])
+@pytest.mark.parametrize("cols", [32, 64, 128])
+def test_mask_is_the_oracles_bit_for_bit(cols, p):
+    for seed, row_high, first_row in ((0, 0, 0), (2**63 - 1, 5, 2**31 - 8), (-(2**40) - 3, 2**31 - 1, 17)):
+        out = torch.zeros(16, 384, dtype=torch.int8, device=DEVICE)
+        mask_kernel[(384 // cols,)](
+            out, torch.tensor([seed], device=DEVICE), dropped(p)[0], row_high, first_row, ROWS=16, COLS=cols
+        )
+        rows = (row_high << 32) + first_row + torch.arange(16)
+        assert torch.equal(out.bool().cpu(), philox.keep_mask(seed, rows, 384, p))
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-6, 0.1, 0.5, 1.0])
+def test_dropped_is_the_oracles(p):
+    assert dropped(p) == (philox.threshold(p), philox.kept_scale(p))
+
+
+def compare(op, reference, inputs, grad, dropout_p, **options):
+    """Judges an op's result and gradients."""
+    torch.manual_seed(3)
+    seed = int(philox.draw_seed(DEVICE)) if dropout_p else 0
+    torch.manual_seed(3)
+    got = gradients(lambda **t: op(**t, dropout_p=dropout_p, **options), inputs, grad)
+    plain, exact = (
+        gradients(lambda **t: reference(**t, dropout_p=dropout_p, seed=seed, **options), tensors, grad)
+        for tensors in (inputs, to_double(inputs))
+    )
+    for name in exact:
+        assert_right(name, got[name], plain[name], exact[name])
+    return got
+
+
+def lora_inputs(M, K, N, R, dtype, adapter):
+    inputs = {
+        "x": torch.randn(M, K).to(DEVICE, dtype),
+        "w": (torch.randn(N, K) / K**0.5).to(DEVICE, dtype),
+        "a": (torch.randn(R, K) / K**0.5).to(DEVICE, adapter),
+        "b": (torch.randn(N, R) / R**0.5).to(DEVICE, adapter),
+        "bias": torch.randn(N).to(DEVICE, dtype),
+    }
+    return {name: t.requires_grad_(name != "w") for name, t in inputs.items()}, torch.randn(M, N).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize(
+    ("M", "K", "N", "R", "dtype", "adapter", "dropout_p"),
+    [
+        (1, 1, 1, 1, FP32, FP32, 0.5),
+        (31, 65, 63, 15, FP32, FP32, 0.1),  # a row and a column about the tiles of 32 x 64
+        (33, 63, 129, 17, FP32, FP32, 0.0),
+        (65, 129, 127, 8, FP16, FP16, 0.1),  # and of 64 x 128
+        (63, 127, 257, 64, FP16, FP32, 0.1),
+        (40, 70, 50, 131, FP16, FP16, 0.0),  # more than one program's rank
+        (20, 30, 40, 300, FP32, FP32, 0.2),
+        (601, 20, 30, 4, FP32, FP32, 0.1),  # parts of the rows
+    ],
+    ids=str,
+)
+def test_lora(M, K, N, R, dtype, adapter, dropout_p):
+    inputs, dy = lora_inputs(M, K, N, R, dtype, adapter)
+    compare(ops.lora_linear, ops.lora_linear_reference, inputs, dy, dropout_p, scale=0.7)
+
+
+def test_lora_sums_in_a_fixed_order(monkeypatch):
+    inputs, dy = lora_inputs(601, 20, 30, 4, FP32, FP32)
+    counts = []
+    launch = lora.sum_kernel.run
+    monkeypatch.setattr(
+        lora.sum_kernel, "run", lambda *args, **kwargs: (counts.append(args[2]), launch(*args, **kwargs))
+    )
+    first, second = (compare(ops.lora_linear, ops.lora_linear_reference, inputs, dy, 0.1, scale=0.7) for _ in range(2))
+    assert min(counts) > 1
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def padding(kind, B, Sk):
+    """[B, Sk] True where a key is kept, or None."""
+    j, length = torch.arange(Sk), Sk * torch.arange(1, B + 1)[:, None] // (B + 1)
+    masks = {
+        "left": j >= length,
+        "right": j < length,
+        "scattered": j * 7 % 5 > 1,
+        "first has none": (j >= 0) & (length > length[0]),
+    }
+    return masks[kind].expand(B, Sk).to(DEVICE) if kind else None
+
+
+@pytest.mark.parametrize(
+    ("H", "Hkv", "Sq", "Sk", "D", "dtype", "causal", "pad", "dropout_p"),
+    [
+        (1, 1, 1, 2, 1, FP32, True, None, 0.0),
+        (2, 2, 33, 31, 50, FP32, False, None, 0.0),  # a row about the tiles of 32 x 32
+        (4, 2, 31, 65, 50, FP32, True, None, 0.1),  # more keys than queries,
+        (2, 1, 65, 33, 16, FP32, True, None, 0.0),  # and fewer: the first queries see none
+        (2, 1, 129, 129, 32, FP16, True, None, 0.1),  # 128 x 64
+        (2, 2, 65, 63, 128, FP16, False, "scattered", 0.5),
+        (2, 1, 40, 70, 64, FP16, True, "left", 0.0),
+        (3, 1, 40, 70, 64, FP32, False, "right", 0.2),
+        (2, 1, 17, 40, 24, FP32, True, "first has none", 0.1),
+        (1, 1, 20, 40, 200, FP16, False, None, 1.0),
+    ],
+    ids=str,
+)
+def test_attention(H, Hkv, Sq, Sk, D, dtype, causal, pad, dropout_p):
+    q, do = (torch.randn(2, Sq, H, D).transpose(1, 2).to(DEVICE, dtype) for _ in range(2))
+    k, v = (torch.randn(2, Hkv, Sk, D).to(DEVICE, dtype) for _ in range(2))
+    inputs = {name: t.requires_grad_() for name, t in {"q": q, "k": k, "v": v}.items()}
+    options = {"causal": causal, "key_padding_mask": padding(pad, 2, Sk)}
+    compare(ops.flash_attention, ops.flash_attention_reference, inputs, do, dropout_p, **options)
+
+
+def adamw_columns(sizes, dtypes, amsgrad, offset):
+    """Parameters, gradients, averages, largest averages, step counts; addresses are `offset` elements past aligned."""
+
+    def column(value):
+        return [value(n + offset).to(DEVICE, dtype)[offset:] for n, dtype in zip(sizes, dtypes, strict=True)]
+
+    averages = [column(torch.zeros) for _ in range(3 if amsgrad else 2)]
+    steps = [torch.tensor(float(n), device=DEVICE) for n in range(len(sizes))]
+    return [column(torch.randn), column(torch.randn), *averages, *([] if amsgrad else [[]]), steps]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtypes", "offset", "amsgrad", "options"),
+    [
+        ((1, 0, 17, 1023, 1024, 1025, 8191, 8193, 20000), (FP32,), 0, False, {}),  # either side of a block and an item
+        ((1, 0, 17, 8192, 9000), (FP32, FP16), 0, True, {"maximize": True}),
+        ((5, 3000), (FP16, FP32), 1, False, {"beta1": 0.0, "weight_decay": 0.0}),
+        ((0,), (FP32,), 0, False, {}),
+    ],
+    ids=str,
+)
+def test_adamw(sizes, dtypes, offset, amsgrad, options):
+    dtypes = [dtypes[i % len(dtypes)] for i in range(len(sizes))]
+    options = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "eps": 1e-8, "amsgrad": amsgrad} | options
+    options["grad_scale"] = torch.tensor(4.0, device=DEVICE)
+    got = adamw_columns(sizes, dtypes, amsgrad, offset)
+    exact = [[t.double() for t in column] for column in got]
+    for _ in range(3):
+        plain = [[t.clone() for t in column] for column in got]
+        exact = [[t.double() for t in column] for column in got]
+        ops.adamw_step(*got, **options)
+        ops.adamw_step_reference(*plain, **options)
+        ops.adamw_step_reference(*exact, **options)
+        names = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
+        for name, *columns in zip(names, got, plain, exact, strict=True):
+            for i, results in enumerate(zip(*columns, strict=True)):
+                assert_right(f"{name} {i}", *results)
+        for gradient in got[1]:
+            gradient.normal_()
+
+
+def test_adamw_leaves_all_as_it_was_where_an_infinity_was_found():
+    got = adamw_columns((5, 9000), (FP32, FP16), True, 0)
+    before = [[t.clone() for t in column] for column in got]
+    options = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "eps": 1e-8, "amsgrad": True}
+    ops.adamw_step(*got, **options, found_inf=torch.ones(1, device=DEVICE))
+    assert all(torch.equal(a, b) for old, new in zip(before, got, strict=True) for a, b in zip(old, new, strict=True))
+
+
+PROMISED = [name for name in triton_compile.cases() if not any(word in name for word in ("R=64", "D=256"))]
+
+
+@pytest.fixture(scope="module")
+def usages():
+    return triton_compile.compile_all(PROMISED)
+
+
+def test_every_kernel_compiles_for_every_target(usages):
+    assert {(usage.case, usage.target) for usage in usages} == {
+        (name, target) for name in PROMISED for target in triton_compile.TARGETS
+    }
+    assert all(usage.registers > 0 for usage in usages)
+
+
+def test_no_kernel_spills(usages):
+    assert not [usage for usage in usages if usage.spilled]
+
+
+def test_every_kernel_fits_the_shared_memory_of_its_target(usages):
+    # An A100 has more, but the same tiles run on compute capabilities 8.6 and 8.9.
+    most = {80: 99 * 1024, 90: 227 * 1024}
+    assert not [usage for usage in usages if usage.shared > most[usage.target]]

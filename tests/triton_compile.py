@@ -1,0 +1,192 @@
+"""Compiles the Triton kernels for GPUs that need not be there, and reads what the compiler says of the result.
+
+    python tests/triton_compile.py [WORD ...]
+
+prints registers, spills and shared memory as a table, of all cases or of those whose name contains a word. A case's
+kernels are those that its launch functions launch, with the tiles and options that they choose for the target.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import itertools
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from fusetune._native import DTYPES
+from fusetune.kernels import adamw, device, flash_attention, lora
+
+TARGETS = (80, 90)  # compute capabilities: A100, H100
+
+
+def lora_case(dtype: torch.dtype, adapter: torch.dtype, M: int, K: int, N: int, R: int, p: float) -> None:
+    x, dy = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype)
+    a, b = torch.empty(R, K, dtype=adapter), torch.empty(N, R, dtype=adapter)
+    s, bias = torch.empty(M, R), torch.empty(N, dtype=dtype)
+    seed = torch.zeros(1, dtype=torch.int64) if p else None
+    lora.forward(x, a, b, bias, dy, s, 2.0, p, seed)
+    lora.backward(dy, x, a, b, s, torch.empty_like(x), torch.empty_like(a), torch.empty_like(b), 2.0, p, seed)
+
+
+def attention_case(
+    dtype: torch.dtype, B: int, H: int, Hkv: int, S: int, D: int, causal: bool, padding: bool, p: float
+) -> None:
+    q, k, v = (torch.empty(B, S, heads, D, dtype=dtype).transpose(1, 2) for heads in (H, Hkv, Hkv))
+    keep = torch.empty(B, S, dtype=torch.bool) if padding else None
+    seed = torch.zeros(1, dtype=torch.int64) if p else None
+    lse = torch.empty(B, H, S)
+    flash_attention.forward(q, k, v, keep, q, lse, D**-0.5, causal, p, seed)
+    flash_attention.backward(q, q, k, v, keep, q, lse, q, k, v, D**-0.5, causal, p, seed)
+
+
+def adamw_case(dtype: torch.dtype, amsgrad: bool, aligned: bool) -> None:
+    address = 16 if aligned else 2
+    row = [address] * 4 + [address if amsgrad else 0, address, 4096, DTYPES[dtype], 0]
+    one = torch.ones(1)
+    adamw.step(torch.tensor([row]), torch.zeros(1, 6, dtype=torch.float64), torch.device("cpu"), one, one)
+
+
+def cases() -> dict[str, Callable[[], None]]:
+    """Calls of launch functions, by name."""
+    found: dict[str, Callable[[], None]] = {}
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    for dtype, name in short.items():
+        for adapter, R in itertools.product(dict.fromkeys([dtype, torch.float32]), (16, 64, 128)):
+            mixed = "" if adapter is dtype else f", {short[adapter]} adapter"
+            found[f"lora {name}{mixed}, R={R}, dropout"] = lambda d=dtype, a=adapter, R=R: lora_case(
+                d, a, 2048, 1024, 768, R, 0.1
+            )
+        for D in (64, 128, 256):
+            found[f"attention {name}, D={D}, causal"] = lambda d=dtype, D=D: attention_case(
+                d, 2, 8, 2, 1024, D, True, False, 0.0
+            )
+            found[f"attention {name}, D={D}, causal, padding, dropout"] = lambda d=dtype, D=D: attention_case(
+                d, 2, 8, 2, 1024, D, True, True, 0.1
+            )
+        found[f"adamw {name}"] = lambda d=dtype: adamw_case(d, False, True)
+        found[f"adamw {name}, amsgrad, unaligned"] = lambda d=dtype: adamw_case(d, True, False)
+    # Sizes of one become constants of the kernel.
+    found["lora fp32, sizes of one"] = lambda: lora_case(torch.float32, torch.float32, 1, 1, 1, 1, 0.0)
+    found["attention fp32, sizes of one"] = lambda: attention_case(torch.float32, 1, 1, 1, 1, 1, True, False, 0.0)
+    return found
+
+
+class Launch(NamedTuple):
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+class Usage(NamedTuple):
+    case: str
+    target: int
+    kernel: str
+    registers: int
+    spilled: int  # bytes a thread
+    shared: int  # bytes a block
+
+
+def launches(call: Callable[[], None], target: int) -> list[Launch]:
+    """What `call` launches on a device of compute capability `target`, without launching it."""
+    found = []
+
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name not in kernel.arg_names}
+        found.append(Launch(kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs, options))
+
+    capability = mock.patch.object(device, "capability", return_value=target // 10)
+    with mock.patch.object(JITFunction, "run", record), capability:
+        call()
+    return found
+
+
+def specialize(value: Any) -> tuple[Any, Any]:
+    """The type of an argument, and whether 16 is known to divide it, as Triton's launcher has them."""
+    if isinstance(value, tuple):
+        types, divisible = zip(*map(specialize, value), strict=True)
+        return types, divisible
+    if isinstance(value, torch.Tensor):
+        kind, bits = re.fullmatch(r"torch\.([a-z]+)(\d*)", str(value.dtype)).groups()
+        return "*" + {"float": "fp", "bfloat": "bf", "int": "i", "bool": "i1"}[kind] + bits, value.data_ptr() % 16 == 0
+    if isinstance(value, float):
+        return "fp32", False
+    if value is None or value == 1:
+        return "constexpr", False
+    return "i32" if abs(value) < 2**31 else "i64", value % 16 == 0
+
+
+def compile_launch(case: str, target: int, launch: Launch) -> Usage:
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def walk(path: tuple[int, ...], kind: Any, divisible: Any, value: Any) -> None:
+        if isinstance(kind, tuple):
+            for i, parts in enumerate(zip(kind, divisible, value, strict=True)):
+                walk((*path, i), *parts)
+        elif kind == "constexpr":
+            constants[path] = value
+        elif divisible:
+            attributes[path] = [["tt.divisibility", 16]]
+
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        kind, divisible = specialize(value) if not parameter.is_constexpr else ("constexpr", False)
+        if parameter.do_not_specialize:
+            kind, divisible = "i32", False
+        signature[parameter.name] = kind
+        walk((i,), kind, divisible, value)
+
+    source = triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=launch.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    numbers = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    spilled = numbers["STACK"] + numbers["LOCAL"]  # no kernel keeps anything else there
+    return Usage(case, target, launch.kernel.__name__, numbers["REG"], spilled, compiled.metadata.shared)
+
+
+def compile_case(case: str, target: int) -> list[Usage]:
+    return [compile_launch(case, target, launch) for launch in launches(cases()[case], target)]
+
+
+def compile_all(names: Iterable[str]) -> list[Usage]:
+    """Compiles cases for every target, in processes of their own: Triton compiles nothing where it interprets."""
+    jobs = list(itertools.product(names, TARGETS))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ))
+        os.environ.pop("TRITON_INTERPRET", None)
+        workers = min(os.cpu_count() or 1, len(jobs))
+        pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+        return [
+            usage
+            for usages in stack.enter_context(pool).map(compile_case, *zip(*jobs, strict=True))
+            for usage in usages
+        ]
+
+
+def main(words: list[str]) -> None:
+    usages = compile_all([name for name in cases() if not words or any(word in name for word in words)])
+    print("| case | target | kernel | registers | spilled | shared memory |\n|---|---|---|---|---|---|")
+    for usage in dict.fromkeys(usages):
+        print(f"| {usage.case} | sm_{usage.target} | {' | '.join(map(str, usage[2:]))} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
