@@ -120,29 +120,23 @@ def _texts(options: argparse.Namespace) -> list[str]:
 
 def _predict(options: argparse.Namespace) -> None:
     from fusetune.train.predict import predict
-    from fusetune.train.run import quiet
 
     texts = _texts(options)
-    with quiet():
-        for text, (label, probability) in zip(texts, predict(options.folder, texts), strict=True):
-            print(f"{label}\t{probability:.3f}\t{text}")
+    for text, (label, probability) in zip(texts, predict(options.folder, texts), strict=True):
+        print(f"{label}\t{probability:.3f}\t{text}")
 
 
 def _generate(options: argparse.Namespace) -> None:
     from fusetune.train.predict import generate
-    from fusetune.train.run import quiet
 
-    with quiet():
-        for text in generate(options.folder, _texts(options), options.max_new_tokens):
-            print(text)
+    for text in generate(options.folder, _texts(options), options.max_new_tokens):
+        print(text)
 
 
 def _merge(options: argparse.Namespace) -> None:
     from fusetune.train.predict import merge
-    from fusetune.train.run import quiet
 
-    with quiet():
-        merge(options.folder, options.output)
+    merge(options.folder, options.output)
     print(f"saved {options.output}")
 
 

@@ -46,7 +46,7 @@ def compare_steps(
         loss = forward(copied, batch)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(copied.parameters(), max_grad_norm or torch.inf)
-        return float(loss), float(norm)
+        return float(loss.detach()), float(norm)
 
     seen = {}
     for name, copied in (("stock", stock), ("fusetune", ours)):

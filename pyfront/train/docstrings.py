@@ -17,35 +17,33 @@ from pathlib import Path
 from fusetune.train.config import TrainConfig, UserError
 from fusetune.train.data import Texts
 
-SUBJECTS: dict[str, str] = {
+SUBJECTS = {
     "data types and numbers": """
         _collections_abc _pydatetime _pydecimal _strptime array bisect calendar collections copy datetime decimal enum
         fractions functools graphlib heapq itertools numbers operator pprint random reprlib statistics types weakref
         zoneinfo""",
-    "text processing": """
-        _markupbase codecs cmd difflib encodings gettext html locale optparse argparse getopt getpass re shlex string
-        stringprep textwrap""",
+    "text and markup": """
+        _markupbase base64 cmd codecs difflib email encodings getopt getpass gettext html json locale mailbox mailcap
+        mimetypes optparse argparse quopri re shlex string stringprep textwrap uu xdrlib xml""",
     "files and archives": """
-        _compression _pyio bz2 configparser csv dbm filecmp fileinput fnmatch genericpath glob gzip io linecache lzma
-        netrc ntpath pathlib pickle plistlib posixpath shelve shutil sqlite3 stat tarfile tempfile tomllib zipfile
-        zipimport compression""",
+        _compression _pyio bz2 compression configparser csv dbm filecmp fileinput fnmatch genericpath glob gzip io
+        linecache lzma netrc ntpath os pathlib pickle plistlib posixpath shelve shutil sqlite3 stat tarfile tempfile
+        tomllib zipfile zipimport""",
     "concurrency": """
-        _threading_local asyncio concurrent contextvars multiprocessing queue sched subprocess threading""",
-    "email and XML": """
-        base64 email json mailbox mailcap mimetypes quopri uu xdrlib xml""",
+        _threading_local asyncio concurrent contextvars multiprocessing queue sched selectors signal subprocess
+        threading""",
     "networking": """
-        ftplib http imaplib ipaddress nntplib poplib selectors smtpd smtplib socket socketserver ssl telnetlib urllib
-        uuid webbrowser wsgiref xmlrpc""",
+        ftplib http imaplib ipaddress nntplib poplib smtpd smtplib socket socketserver ssl telnetlib urllib uuid
+        webbrowser wsgiref xmlrpc""",
     "graphical interfaces": """
         colorsys idlelib tkinter turtle turtledemo""",
-    "development tools": """
-        bdb cProfile doctest pdb profile pstats pydoc timeit trace tracemalloc unittest logging""",
+    "testing and debugging": """
+        bdb cProfile cgitb doctest logging pdb profile pstats timeit trace traceback tracemalloc unittest warnings""",
     "the language and its runtime": """
         _py_abc abc ast code codeop compileall contextlib dataclasses dis imp importlib inspect keyword lib2to3
-        modulefinder opcode pickletools pkgutil py_compile pyclbr runpy site symtable sysconfig tabnanny token tokenize
-        traceback typing warnings""",
+        modulefinder opcode pickletools pkgutil py_compile pyclbr pydoc runpy site symtable sysconfig tabnanny token
+        tokenize typing""",
 }
-
 MIN_WORDS = 10
 MAX_TEXTS = 600  # of a subject
 EVAL_SHARE = 0.2
@@ -69,9 +67,10 @@ def load_docstrings(config: TrainConfig) -> Texts:
         draw.shuffle(order)
         train: list[str] = []
         evaluation: list[str] = []
-        for module in order:  # a module that would fill the evaluation part alone goes to training
-            fits = len(evaluation) + len(by_module[module]) <= wanted
-            (evaluation if fits else train).extend(by_module[module])
+        largest = sum(map(len, by_module.values())) / 3  # a larger module would leave too little to learn from
+        for module in order:
+            enough = len(evaluation) >= wanted or len(by_module[module]) > largest
+            (train if enough else evaluation).extend(by_module[module])
         for part, texts, limit in zip(parts, (train, evaluation), (total - wanted, wanted), strict=True):
             draw.shuffle(texts)
             part += [(text, number) for text in texts[:limit]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,3 +222,25 @@ def flops_per_token(model: nn.Module, method: str) -> int:
             else:
                 frozen += weight.numel()
     return (2 if method == "head" else 4) * frozen + 6 * trained
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars, reports and announced changes of transformers, datasets and peft; errors stay."""
+    import datasets
+    from transformers.utils import logging
+
+    level, bars, data_bars = logging.get_verbosity(), logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+        if not data_bars:
+            datasets.enable_progress_bars()

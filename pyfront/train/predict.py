@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,30 +91,34 @@ def load_trained(folder: str | Path, kind: str | None = None) -> tuple[Any, Any]
     from transformers import AutoConfig, AutoTokenizer
 
     from fusetune.train.data import reason
-    from fusetune.train.model import find_model
+    from fusetune.train.model import find_model, quiet
 
     path = find_trained(folder)
+    adapter = (path / "adapter_config.json").is_file()
     try:
-        config = AutoConfig.from_pretrained(path)
-        adapter = (path / "adapter_config.json").is_file()
         if adapter:
             from peft import PeftConfig, PeftModel, TaskType
 
             peft_config = PeftConfig.from_pretrained(str(path))
             found = "SequenceClassification" if peft_config.task_type == TaskType.SEQ_CLS else "CausalLM"
             base = find_model(str(peft_config.base_model_name_or_path))
+            names = json.loads((path / "labels.json").read_text()) if found == "SequenceClassification" else []
+            labels = {"num_labels": len(names), "id2label": dict(enumerate(names))} if names else {}
+            config = AutoConfig.from_pretrained(base, **labels)
         else:
+            base = str(path)
+            config = AutoConfig.from_pretrained(base)
             architecture = (config.architectures or ["a model of unknown class"])[0]
             found = architecture.rpartition("For")[2] or architecture
-            base = str(path)
         if kind is not None and found != kind:
             verb = "generate" if found == "CausalLM" else "predict"
             raise UserError(f"model: {folder} must hold a model for {kind}, got one for {found}; use `fusetune {verb}`")
         auto = getattr(transformers, f"AutoModelFor{found}")
-        model = auto.from_pretrained(base, config=config, **({"ignore_mismatched_sizes": True} if adapter else {}))
-        if adapter:
-            model = PeftModel.from_pretrained(model, str(path))
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        with quiet():  # it would report that the base model lacks the adapter's head
+            model = auto.from_pretrained(base, config=config, **({"ignore_mismatched_sizes": True} if adapter else {}))
+            if adapter:
+                model = PeftModel.from_pretrained(model, str(path))
+            tokenizer = AutoTokenizer.from_pretrained(path)
     except UserError:
         raise
     except Exception as error:

@@ -73,7 +73,8 @@ class RecordingTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         self.eval_steps = []
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with torch.random.fork_rng(devices=[]):  # its DataLoader draws a seed: training must not depend on evaluations
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         mean = sum(loss * items for loss, _, items in self.eval_steps) / max(1, sum(n for *_, n in self.eval_steps))
         output.metrics[f"{metric_key_prefix}_loss"] = mean  # over items; transformers' is over batches
         if not self.classify:

@@ -13,8 +13,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +29,7 @@ if TYPE_CHECKING:
 
 # Settings in which a resumed run may differ: they decide neither its data nor its arithmetic up to the checkpoint.
 MAY_CHANGE = {
-    "compare", "device", "eval_batch_size", "max_steps", "num_epochs", "output_dir", "overwrite", "resume_from_checkpoint",
-    "save_steps",
+    "compare", "device", "eval_batch_size", "max_steps", "num_epochs", "output_dir", "overwrite", "resume_from_checkpoint"
 }  # fmt: skip
 
 
@@ -63,6 +61,8 @@ def main(train_config: TrainConfig | None = None, **settings: Any) -> dict[str, 
     missing = [name for name in ("transformers", "peft", "accelerate", "datasets") if not importlib.util.find_spec(name)]
     if missing:
         raise UserError(f"finetune: {', '.join(missing)} must be installed; `pip install 'fusetune[train]'` does that")
+    from fusetune.train.model import quiet
+
     config = dataclasses.replace(train_config or TrainConfig()).update_config(settings)
     with quiet():
         return _run(config)
@@ -110,6 +110,11 @@ def _run(config: TrainConfig) -> dict[str, Any]:
         classify=classify,
         group_by_length=classify or not config.packing,
     )
+    if importlib.util.find_spec("tensorboard"):
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations import TensorBoardCallback
+
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(str(output / "runs"))))
     if trainer.patch_report is not None:
         print(trainer.patch_report)
     before = trainer.evaluate()
@@ -130,7 +135,7 @@ def _run(config: TrainConfig) -> dict[str, Any]:
         unpatch(model)
     if use_cache is not None:
         model.config.use_cache = use_cache
-    result["model_dir"] = _save_model(model, tokenizer, output)
+    result["model_dir"] = _save_model(model, tokenizer, texts.names, output)
     result.update(_speed(config, model, progress, device, dtype))
     if config.compare:
         from fusetune.train.compare import compare_steps
@@ -274,7 +279,7 @@ def _training_arguments(
         "include_num_input_tokens_seen": "non_padding",
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # fusetune.Trainer stops instead
-        "report_to": ["tensorboard"] if importlib.util.find_spec("tensorboard") else [],
+        "report_to": [],
         "disable_tqdm": True,
         "log_level": "error",
     }
@@ -385,12 +390,16 @@ def _print_summary(result: dict[str, Any]) -> None:
         )
 
 
-def _save_model(model: Any, tokenizer: PreTrainedTokenizerBase, output: Path) -> str:
+def _save_model(model: Any, tokenizer: PreTrainedTokenizerBase, names: list[str], output: Path) -> str:
+    """Writes the `model` folder. A classifier's adapter comes with `labels.json`, the names of its classes: transformers
+    would take a folder with a config.json for a whole model.
+    """
     try:
         with replacing_folder(output / "model") as folder:
             model.save_pretrained(folder)
-            model.config.save_pretrained(folder)  # an adapter's folder too: it holds the names of the classes
             tokenizer.save_pretrained(folder)
+            if names and not (folder / "config.json").exists():
+                (folder / "labels.json").write_text(json.dumps(names, indent=2) + "\n")
     except Exception as error:  # torch and safetensors have their own types for a full disk
         raise UserError(f"output_dir: the model must be written to {output}, got {type(error).__name__}: {error}") from error
     return str(output / "model")
@@ -419,23 +428,3 @@ def _plot(trainer: RecordingTrainer, result: dict[str, Any], path: Path) -> None
             plot_run(partial, "fine-tuning", metric, (result["train_step_loss"], result["train_step_metric"]), evaluated)
     except OSError as error:
         raise UserError(f"output_dir: {path} must be written, got {error}") from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the progress bars and the reports of transformers and datasets; errors stay."""
-    import datasets
-    from transformers.utils import logging
-
-    level, bars, data_bars = logging.get_verbosity(), logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-        if not data_bars:
-            datasets.enable_progress_bars()
