@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import os
 import random
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
 WORDS = {
     "animal": "cat dog horse mouse bird fish cow sheep".split(),
@@ -71,20 +74,24 @@ def llama_config(**changes):
 
 def save_bert(folder: Path, **changes) -> Path:
     """A folder with a BERT encoder, its weights of seed 0, and its tokenizer."""
-    import torch
     from transformers import BertModel
 
-    torch.manual_seed(0)
-    BertModel(bert_config(**changes)).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
+    return _save(BertModel, bert_config(**changes), folder)
 
 
 def save_llama(folder: Path, **changes) -> Path:
-    import torch
     from transformers import LlamaForCausalLM
 
+    return _save(LlamaForCausalLM, llama_config(**changes), folder)
+
+
+def _save(model, config, folder: Path) -> Path:
+    import torch
+
+    from fusetune.train.model import quiet
+
     torch.manual_seed(0)
-    LlamaForCausalLM(llama_config(**changes)).save_pretrained(folder)
+    with quiet():
+        model(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

@@ -57,14 +57,14 @@ def load_texts(config: TrainConfig) -> Texts:
     labels: list[list[int]] = [[], []]
     texts = [_rows(split, columns) for split in (train, evaluation)]
     keep = [[i for i, row in enumerate(rows) if all(row)] for rows in texts]
+    for rows, name in zip(keep, ("training", "evaluation"), strict=True):
+        if not rows:
+            raise UserError(f"data: {config.dataset} has no {name} rows with text in column {columns[0]!r}")
     if label:
         raw = [split[label] for split in (train, evaluation)]
         names, number = _classes(config, train, label, [raw[0][i] for i in keep[0]])
         labels = [[number(raw[s][i], i, s) for i in keep[s]] for s in (0, 1)]
     texts = [[texts[s][i] for i in keep[s]] for s in (0, 1)]
-    for rows, name in zip(texts, ("training", "evaluation"), strict=True):
-        if not rows:
-            raise UserError(f"data: {config.dataset} has no {name} rows with text in column {columns[0]!r}")
     source = f"{config.dataset}, {' and '.join(columns)}" + (f" to {label}" if label else "")
     return Texts(texts[0], texts[1], labels[0], labels[1], names, source)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -226,21 +227,26 @@ def flops_per_token(model: nn.Module, method: str) -> int:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars, reports and announced changes of transformers, datasets and peft; errors stay."""
+    """Without the progress bars, reports and announced changes of the libraries that load and save; what they raise stays."""
     import datasets
-    from transformers.utils import logging
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
 
-    level, bars, data_bars = logging.get_verbosity(), logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    loggers = (transformers_logging, datasets.logging, hub_logging)
+    levels = [logger.get_verbosity() for logger in loggers]
+    bars, data_bars = transformers_logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        logging.set_verbosity(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
-        if not data_bars:
+            transformers_logging.enable_progress_bar()
+        if data_bars:
             datasets.enable_progress_bars()
