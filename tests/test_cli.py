@@ -15,9 +15,6 @@ import torch
 import fusetune
 from fusetune.__main__ import main
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():

@@ -11,15 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import tiny
 import torch
+import transformers
 
 import fusetune
 from fusetune.finetune import TrainConfig, UserError, apply_peft, main, update_config
-
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
 
 RESULT_NAMES = {
     "last_epoch_train_loss", "last_epoch_train_metric", "train_step_loss", "train_step_metric", "last_epoch_eval_loss",
