@@ -1,0 +1,127 @@
+"""Using what was trained: classes of texts, continuations of prompts, and merging an adapter into its model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fusetune.train.config import UserError
+from fusetune.train.files import replacing_folder
+
+
+class Prediction(NamedTuple):
+    label: str
+    probability: float
+
+
+def predict(folder: str | Path, texts: Sequence[str], batch_size: int = 32) -> Iterator[Prediction]:
+    """The most probable class of each text, by the classifier in `folder` (an output_dir, or a folder with a model).
+
+    Raises:
+        UserError: there is no classifier that can be loaded.
+    """
+    import torch
+
+    model, tokenizer = load_trained(folder, "SequenceClassification")
+    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 1 << 30)
+    for start in range(0, len(texts), batch_size):
+        batch = tokenizer(
+            list(texts[start : start + batch_size]), padding=True, truncation=True, max_length=limit, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            probabilities = model(**batch.to(model.device)).logits.float().softmax(-1)
+        for p, number in zip(*probabilities.max(-1), strict=True):
+            yield Prediction(model.config.id2label[int(number)], float(p))
+
+
+def generate(folder: str | Path, prompts: Sequence[str], max_new_tokens: int = 50) -> Iterator[str]:
+    """Each prompt with its most probable continuation, by the causal LM in `folder`.
+
+    Raises:
+        UserError: there is no causal LM that can be loaded.
+    """
+    import torch
+
+    model, tokenizer = load_trained(folder, "CausalLM")
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        inputs.pop("token_type_ids", None)
+        with torch.inference_mode():
+            tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        yield tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def merge(folder: str | Path, output: str | Path) -> None:
+    """Writes the adapter in `folder`, merged into its model, to `output`: a model like any other.
+
+    Raises:
+        UserError: there is no adapter that can be loaded, or `output` exists or cannot be written.
+    """
+    source, target = find_trained(folder), Path(output).expanduser()
+    if not (source / "adapter_config.json").is_file():
+        raise UserError(f"merge: {folder} must hold an adapter, got a full model")
+    if target.exists():
+        raise UserError(f"merge: {output} must not exist yet")
+    model, tokenizer = load_trained(folder)
+    try:
+        with replacing_folder(target) as partial:
+            model.merge_and_unload().save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+    except OSError as error:
+        raise UserError(f"merge: {output} cannot be written ({error})") from error
+
+
+def find_trained(folder: str | Path) -> Path:
+    """The folder with the model: `folder`, or `model` in it."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise UserError(f"model: {folder} is not a folder")
+    for candidate in (path, path / "model"):
+        if any((candidate / name).is_file() for name in ("adapter_config.json", "model.safetensors", "model.safetensors.index.json")):
+            return candidate
+    raise UserError(f"model: {folder} must hold a model or an adapter, got a folder without; did the training finish?")
+
+
+def load_trained(folder: str | Path, kind: str | None = None) -> tuple[Any, Any]:
+    """The model for inference, an adapter on top of its base model, and its tokenizer; `kind` ends its class's name."""
+    import torch
+    import transformers
+    from transformers import AutoConfig, AutoTokenizer
+
+    from fusetune.train.data import reason
+    from fusetune.train.model import find_model, quiet
+
+    path = find_trained(folder)
+    adapter = (path / "adapter_config.json").is_file()
+    try:
+        if adapter:
+            from peft import PeftConfig, PeftModel, TaskType
+
+            peft_config = PeftConfig.from_pretrained(str(path))
+            found = "SequenceClassification" if peft_config.task_type == TaskType.SEQ_CLS else "CausalLM"
+            base = find_model(str(peft_config.base_model_name_or_path))
+            names = json.loads((path / "labels.json").read_text()) if found == "SequenceClassification" else []
+            labels = {"num_labels": len(names), "id2label": dict(enumerate(names))} if names else {}
+            config = AutoConfig.from_pretrained(base, **labels)
+        else:
+            base = str(path)
+            config = AutoConfig.from_pretrained(base)
+            architecture = (config.architectures or ["a model of unknown class"])[0]
+            found = architecture.rpartition("For")[2] or architecture
+        if kind is not None and found != kind:
+            verb = "generate" if found == "CausalLM" else "predict"
+            raise UserError(f"model: {folder} must hold a model for {kind}, got one for {found}; use `fusetune {verb}`")
+        auto = getattr(transformers, f"AutoModelFor{found}")
+        with quiet():  # it would report that the base model lacks the adapter's head
+            model = auto.from_pretrained(base, config=config, **({"ignore_mismatched_sizes": True} if adapter else {}))
+            if adapter:
+                model = PeftModel.from_pretrained(model, str(path))
+            tokenizer = AutoTokenizer.from_pretrained(path)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"model: {folder} cannot be loaded ({reason(error)})") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.eval().to(device), tokenizer

@@ -1,0 +1,158 @@
+"""transformers.Trainer on fusetune's kernels."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+
+from fusetune.optim import AdamW
+from fusetune.train.files import move_into_place
+
+_ADAMW = ("adamw_torch", "adamw_torch_fused")
+
+
+class Trainer(transformers.Trainer):
+    """A transformers.Trainer, with the same arguments and these differences:
+
+    - The model is patched (`fusetune.patch`; the report is `trainer.patch_report`), and AdamW is fusetune's where
+      `args.optim` names torch's and no optimizer is passed; `patch=False` does neither.
+    - The loss is right under gradient accumulation for every model: the mean over all labels of the optimizer step, as
+      if it were one batch. transformers sums the means of the forward passes where a model takes `num_items_in_batch`
+      and ignores it, as BERT's and T5's do.
+    - A loss that is not finite ends the training before the optimizer step, and weights that are not finite are not
+      saved.
+    - A checkpoint appears only when it is complete, in the place of an older one of the same step.
+
+    Raises:
+        FloatingPointError: from `train`, for a loss or weights that are not finite; names the step.
+        OSError: from `train`, when a checkpoint cannot be written; names the last good one.
+    """
+
+    def __init__(self, *args: Any, patch: bool = True, **kwargs: Any) -> None:
+        self._patch = patch
+        self._staging: Path | None = None  # stands for the output folder while a checkpoint is written
+        self._divides_by_items: bool | None = None  # does the model's loss honour num_items_in_batch; None: not measured
+        self.patch_report: Any = None
+        super().__init__(*args, **kwargs)
+        if self.model_init is None:
+            self._patch_model(self.model)
+        no_optimizer = self.optimizer is None and self.optimizer_cls_and_kwargs is None
+        if patch and no_optimizer and self.args.optim in _ADAMW:
+            betas = (self.args.adam_beta1, self.args.adam_beta2)
+            self.optimizer_cls_and_kwargs = (
+                AdamW,
+                {"lr": self.args.learning_rate, "betas": betas, "eps": self.args.adam_epsilon},
+            )
+
+    def _patch_model(self, model: nn.Module) -> None:
+        if self._patch:
+            from fusetune.patching import patch
+
+            self.patch_report = patch(model)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model: nn.Module = super().call_model_init(trial)
+        self._patch_model(model)
+        return model
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"training: loss must be finite, got {loss.item()} at step {self.state.global_step + 1};"
+                f" {self.last_checkpoint()}; try a lower learning rate, or look for bad values in the data"
+            )
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """transformers' loss; where the model ignores `num_items_in_batch`, its mean is weighted by its share of them.
+
+        With n labels in this forward pass and N in the optimizer step, the weight is n / N, so that the sum over the
+        passes is the mean over all N labels.
+        """
+        weight = None
+        if num_items_in_batch is not None and self.compute_loss_func is None and self.args.n_gpu <= 1:
+            items = self._count_items(inputs)
+            if self._divides_by_items is None and model.training and self._passes() > 1:
+                self._divides_by_items = self._measure_loss(model, inputs, items)
+            if self._divides_by_items is False:
+                weight = items / num_items_in_batch
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if weight is None:
+            return result
+        if return_outputs:
+            loss, outputs = result
+            return loss * weight, outputs
+        return result * weight
+
+    def _passes(self) -> int:
+        """The forward passes whose gradients make one optimizer step."""
+        return int(self.args.gradient_accumulation_steps * self.args.world_size)
+
+    def _count_items(self, inputs: dict[str, Any]) -> Tensor:
+        """The labels that count in these inputs, as transformers counts them for `num_items_in_batch`."""
+        if "shift_labels" in inputs:
+            labels = inputs["shift_labels"]
+        else:
+            labels = inputs["labels"][..., 1:] if self._loss_shifts_labels else inputs["labels"]
+        return labels.ne(-100).sum()
+
+    def _measure_loss(self, model: nn.Module, inputs: dict[str, Any], items: Tensor) -> bool:
+        """Whether the loss halves when `num_items_in_batch` doubles; without dropout, so that nothing else moves it.
+
+        Measured and not read off the model's signature, which says only that the argument is taken.
+        """
+        model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            once, twice = (
+                super(Trainer, self).compute_loss(model, dict(inputs), num_items_in_batch=n) for n in (items, 2 * items)
+            )
+        model.train()
+        return bool((once - twice).abs() > 0.1 * once.abs())
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def last_checkpoint(self) -> str:
+        """Says which checkpoint a new run can resume from."""
+        folder = Path(self.args.output_dir)
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        return f"the last checkpoint is {last}" if last else "no checkpoint was saved before"
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Lets transformers write the checkpoint into a staging folder, and moves it out when it is complete."""
+        step = self.state.global_step
+        run = Path(self._get_output_dir(trial))
+        checkpoint = run / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        staging = run / ".partial"
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters() if p.requires_grad):
+            raise FloatingPointError(f"training: weights must be finite, got nan or inf after step {step};"
+                                     f" {self.last_checkpoint()}; try a lower learning rate")
+        try:
+            self._staging = staging
+            super()._save_checkpoint(model, trial)
+            if self.state.best_global_step == step:
+                self.state.best_model_checkpoint = str(checkpoint)
+                if self.args.should_save:
+                    self.state.save_to_json(str(staging / checkpoint.name / transformers.trainer.TRAINER_STATE_NAME))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                move_into_place(staging / checkpoint.name, checkpoint)
+                rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        except Exception as error:  # torch and safetensors have their own types for a full disk
+            raise OSError(
+                f"training: the checkpoint of step {step} must be written to {run}, got {type(error).__name__}: {error};"
+                f" {self.last_checkpoint()}"
+            ) from error
+        finally:
+            self._staging = None
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
