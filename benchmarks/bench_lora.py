@@ -54,7 +54,9 @@ def test_lora_linear(
     rounds = 3 if dtype == torch.bfloat16 and device.type == "cpu" else 11
     timer.compare(
         *(benchmark, ours, {"frozen": frozen, "peft": peft}),
-        **dict(rounds=rounds, op="lora_linear", shape=f"{M}x{K}x{N} r={RANK}", dtype=str(dtype)[6:], dropout_p=dropout_p),
+        **dict(
+            rounds=rounds, op="lora_linear", shape=f"{M}x{K}x{N} r={RANK}", dtype=str(dtype)[6:], dropout_p=dropout_p
+        ),
         floor=round(1.5 * RANK * (1 / K + 1 / N), 4),
     )
     info = benchmark.extra_info

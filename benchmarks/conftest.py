@@ -40,6 +40,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
     """One short row a benchmark; no host names, no raw timings."""
     output_json["benchmarks"] = [
-        {"name": row["name"], **row["extra_info"], "rounds": row["stats"]["rounds"]} for row in output_json["benchmarks"]
+        {"name": row["name"], **row["extra_info"], "rounds": row["stats"]["rounds"]}
+        for row in output_json["benchmarks"]
     ]
     output_json["commit_info"] = {key: output_json["commit_info"].get(key) for key in ("id", "time")}

@@ -1,10 +1,10 @@
 """Fine-tuning from Python: `main`, its settings, and the step that makes a model trainable.
 
-    from fusetune.finetune import TrainConfig, main
+from fusetune.finetune import TrainConfig, main
 
-    train_config = TrainConfig()
-    train_config.update_config({"learning_rate": 5e-4, "batch_size": 32})
-    main(train_config=train_config)
+train_config = TrainConfig()
+train_config.update_config({"learning_rate": 5e-4, "batch_size": 32})
+main(train_config=train_config)
 """
 
 from fusetune.train.config import TrainConfig, UserError, update_config

@@ -60,8 +60,15 @@ def refused(outcome, *parts, code=1):
 
 
 def test_flags_yaml_and_json_are_the_same_run(run, tmp_path):
-    settings = {"learning_rate": 2e-3, "batch_size": 8, "method": "full", "packing": False, "lora_targets": ["query"], "seed": 3}
-    flags = "--learning-rate 2e-3 --batch_size 8 --method full --packing false --lora-targets query --seed 3".split()
+    settings = {
+        "learning_rate": 2e-3,
+        "batch_size": 8,
+        "method": "full",
+        "packing": False,
+        "lora_targets": ["query"],
+        "seed": 3,
+    }
+    flags = ["--learning-rate", "2e-3", "--batch_size", "8", "--method", "full", "--packing", "false", "--lora-targets", "query", "--seed", "3"]
     (tmp_path / "a.json").write_text(json.dumps(settings))
     (tmp_path / "a.yaml").write_text(
         "learning_rate: 2e-3\nbatch_size: 8\nmethod: full\npacking: no\nlora_targets: [query]\nseed: 3\n"
@@ -196,7 +203,9 @@ def test_text_longer_than_the_positions(run, tmp_path, capfd):
 
 def test_missing_and_unreadable_data(run, tmp_path):
     refused(run(dataset=tmp_path / "none.csv"), "none.csv does not exist")
-    refused(run(dataset="no-such-owner/no-such-data"), "is neither a file or folder here nor a dataset that the hub gives")
+    refused(
+        run(dataset="no-such-owner/no-such-data"), "is neither a file or folder here nor a dataset that the hub gives"
+    )
     for name in ("empty.csv", "empty.json", "empty.parquet", "empty.txt"):
         (tmp_path / name).write_bytes(b"")
         refused(run(dataset=tmp_path / name), f"{name} must have rows, got an empty file")
@@ -214,7 +223,9 @@ def test_missing_and_unreadable_data(run, tmp_path):
 
 def test_wrong_columns_are_named(run, tmp_path):
     path = tiny.write_csv(tmp_path / "a.csv", [("x", "y", "z")] * 4, ("first", "second", "third"))
-    refused(run(dataset=path), "which column of", "is the text", "its columns are first, second, third", "--text-column")
+    refused(
+        run(dataset=path), "which column of", "is the text", "its columns are first, second, third", "--text-column"
+    )
     refused(run("--text-column", "txt", dataset=path), "has no column 'txt'; its columns are first, second, third")
     refused(run("--text-column", "first", dataset=path), "is the label", "--label-column")
     flags = ["--text-column", "first", "--label-column", "lab"]
@@ -230,7 +241,9 @@ def test_bad_labels(run, tmp_path):
     def rows(*labels):
         return tiny.write_csv(tmp_path / "a.csv", [("some text", label) for label in labels])
 
-    refused(run("--num-labels", "3", dataset=rows(*[0, 1, 2, 7] * 5)), "label must be", "(0 to 2), got 7 in row", "'label'")
+    refused(
+        run("--num-labels", "3", dataset=rows(*[0, 1, 2, 7] * 5)), "label must be", "(0 to 2), got 7 in row", "'label'"
+    )
     refused(run("--num-labels", "3", dataset=rows(*[0, 1, -1] * 5)), "got -1 in row")
     refused(run(dataset=rows(*["x"] * 5)), "must hold at least 2 different labels, got 1")
     refused(run(dataset=rows(*["x", "y", ""] * 5)), "label must not be empty, got none in row")
@@ -272,7 +285,18 @@ def test_loss_that_is_not_finite(run):
 
 
 def test_interrupt_saves_and_says_how_to_resume(bert, table, tmp_path):
-    command = [sys.executable, "-m", "fusetune", "finetune", "--model", bert, "--dataset", table, "--output-dir", tmp_path / "o"]
+    command = [
+        sys.executable,
+        "-m",
+        "fusetune",
+        "finetune",
+        "--model",
+        bert,
+        "--dataset",
+        table,
+        "--output-dir",
+        tmp_path / "o",
+    ]
     command += ["--max-steps", "100000", "--save-steps", "100000", "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
@@ -295,7 +319,10 @@ def test_interrupt_saves_and_says_how_to_resume(bert, table, tmp_path):
     (checkpoint,) = (tmp_path / "o").glob("checkpoint-*")
     step = int(checkpoint.name.partition("-")[2])
     assert f"continue with: fusetune finetune --config {tmp_path / 'o' / 'config.json'} --resume" in last
-    assert main(["finetune", "--config", str(tmp_path / "o" / "config.json"), "--resume", "--max-steps", str(step + 2)]) == 0
+    assert (
+        main(["finetune", "--config", str(tmp_path / "o" / "config.json"), "--resume", "--max-steps", str(step + 2)])
+        == 0
+    )
     assert len(json.loads((tmp_path / "o" / "metrics.json").read_text())["train_step_loss"]) == step + 2
 
 
@@ -328,7 +355,9 @@ def test_predict_without_a_model(tmp_path, capfd):
     refused(outcome("predict", tmp_path, "text"), "must hold a model or an adapter", "did the training finish?")
     refused(outcome("predict"), "the following arguments are required: folder", code=2)
     refused(outcome("generate", tiny.save_bert(tmp_path / "bert"), "text"), "bert")
-    refused(outcome("predict", tiny.save_llama(tmp_path / "llama"), "text"), "got one for CausalLM; use `fusetune generate`")
+    refused(
+        outcome("predict", tiny.save_llama(tmp_path / "llama"), "text"), "got one for CausalLM; use `fusetune generate`"
+    )
     refused(outcome("merge", tmp_path / "llama", tmp_path / "out"), "must hold an adapter, got a full model")
 
 
@@ -348,6 +377,8 @@ def test_info_is_reached(monkeypatch):
     import types
 
     seen = []
-    monkeypatch.setitem(sys.modules, "fusetune.info", types.SimpleNamespace(main=lambda arguments: seen.append(arguments)))
+    monkeypatch.setitem(
+        sys.modules, "fusetune.info", types.SimpleNamespace(main=lambda arguments: seen.append(arguments))
+    )
     assert main(["info", "--json"]) == 0
     assert seen == [["--json"]]

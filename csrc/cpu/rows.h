@@ -113,7 +113,8 @@ FUSETUNE_INLINE void transpose_block(const float* src, int64_t src_step, float* 
 FUSETUNE_INLINE void transpose(const float* src, int64_t src_step, int64_t rows, int64_t cols, float* dst,
                                int64_t dst_step) {
   for (int64_t r = 0; r < rows; r += W)
-    for (int64_t c = 0; c < cols; c += W) transpose_block(src + r * src_step + c, src_step, dst + c * dst_step + r, dst_step);
+    for (int64_t c = 0; c < cols; c += W)
+      transpose_block(src + r * src_step + c, src_step, dst + c * dst_step + r, dst_step);
 }
 
 }  // namespace fusetune::cpu::FUSETUNE_LEVEL

@@ -13,7 +13,11 @@ from torch import nn
 
 
 def compare_steps(
-    model: nn.Module, batches: Sequence[dict[str, Any]], device: torch.device, dtype: torch.dtype, max_grad_norm: float = 1.0
+    model: nn.Module,
+    batches: Sequence[dict[str, Any]],
+    device: torch.device,
+    dtype: torch.dtype,
+    max_grad_norm: float = 1.0,
 ) -> dict[str, Any]:
     """Times forward, backward, clipping and AdamW of the unpatched `model`, as it is and patched, in turn.
 

@@ -28,7 +28,11 @@ class UserError(Exception):
 
 
 def option(
-    default: Any, help: str, choices: tuple[str, ...] = (), check: Callable[[Any], bool] = lambda _: True, must: str = ""
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] = (),
+    check: Callable[[Any], bool] = lambda _: True,
+    must: str = "",
 ) -> Any:
     """A dataclass field; `must` says in words what `check` tests."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "check": check, "must": must})
@@ -54,7 +58,9 @@ class TrainConfig:
         UserError: a value of the wrong type or out of range.
     """
 
-    model_name: str | None = option(None, "hub id or local folder of the pretrained model (default: MiniLM, or a new Llama)")
+    model_name: str | None = option(
+        None, "hub id or local folder of the pretrained model (default: MiniLM, or a new Llama)"
+    )
     dataset: str | None = option(None, "hub id, or a csv, tsv, json, jsonl, parquet or txt file (default: docstrings)")
     dataset_config: str | None = option(None, "configuration (subset) of a hub dataset")
     eval_dataset: str | None = option(None, "file to evaluate on, where the dataset has no split for it")
@@ -63,12 +69,16 @@ class TrainConfig:
     text_column: str | None = option(None, "column with the text (default: found by name)")
     text_pair_column: str | None = option(None, "column with a second text, for pairs of sentences")
     label_column: str | None = option(None, "column with the label (default: found by name)")
-    num_labels: int | None = option(None, "number of classes, where the labels are integers", (), lambda n: n > 1, "be > 1")
+    num_labels: int | None = option(
+        None, "number of classes, where the labels are integers", (), lambda n: n > 1, "be > 1"
+    )
     max_length: int | None = option(None, "longest text in tokens; longer ones are cut", (), lambda n: n > 2, "be > 2")
     packing: bool = option(True, "causal-lm: join the texts and cut them into blocks of max_length tokens")
     eval_fraction: float = option(
-        0.1, "share of the rows to evaluate on, where the dataset has no split for it",
-        check=lambda value: 0 < value < 1, must="be between 0 and 1",
+        0.1,
+        "share of the rows to evaluate on, where the dataset has no split for it",
+        check=lambda value: 0 < value < 1,
+        must="be between 0 and 1",
     )
     max_train_samples: int | None = positive(None, "use at most this many rows for training")
     max_eval_samples: int | None = positive(None, "use at most this many rows for evaluation")
@@ -82,7 +92,10 @@ class TrainConfig:
     lr: float | None = positive(None, "peak learning rate (default: by method)")
     lr_scheduler: str = option("linear", "transformers' name of the learning rate schedule")
     warmup_ratio: float = option(
-        0.1, "share of the steps in which the learning rate rises", check=lambda value: 0 <= value < 1, must="be in [0, 1)"
+        0.1,
+        "share of the steps in which the learning rate rises",
+        check=lambda value: 0 <= value < 1,
+        must="be in [0, 1)",
     )
     weight_decay: float = at_least_zero(0.0, "AdamW's weight decay")
     max_grad_norm: float = at_least_zero(1.0, "clip gradients to this norm; 0 for not at all")

@@ -83,7 +83,9 @@ def _load_splits(config: TrainConfig) -> tuple[Dataset, Dataset]:
     if named is None:
         count = len(train)
         if count < 2:
-            raise UserError(f"data: {config.dataset} must have 2 rows or more, to evaluate on a part of them, got {count}")
+            raise UserError(
+                f"data: {config.dataset} must have 2 rows or more, to evaluate on a part of them, got {count}"
+            )
         size = min(max(1, round(config.eval_fraction * count)), count - 1)
         held = set(random.Random(config.seed).sample(range(count), size))
         named = train.select(sorted(held))
@@ -166,7 +168,9 @@ def _text_columns(config: TrainConfig, rows: Dataset) -> list[str]:
     ]
     if len(strings) == 1:
         return [strings[0], *asked]
-    raise UserError(f"data: cannot tell which column of {config.dataset} is the text; {_columns(rows)}; use --text-column")
+    raise UserError(
+        f"data: cannot tell which column of {config.dataset} is the text; {_columns(rows)}; use --text-column"
+    )
 
 
 def _label_column(config: TrainConfig, rows: Dataset, texts: list[str]) -> str:
@@ -181,11 +185,15 @@ def _label_column(config: TrainConfig, rows: Dataset, texts: list[str]) -> str:
     rest = [name for name in rows.column_names if name not in texts]
     if len(rest) == 1:
         return str(rest[0])
-    raise UserError(f"data: cannot tell which column of {config.dataset} is the label; {_columns(rows)}; use --label-column")
+    raise UserError(
+        f"data: cannot tell which column of {config.dataset} is the label; {_columns(rows)}; use --label-column"
+    )
 
 
 def _rows(rows: Dataset, columns: list[str]) -> list[tuple[str, ...]]:
-    return list(zip(*(["" if text is None else str(text).strip() for text in rows[name]] for name in columns), strict=True))
+    return list(
+        zip(*(["" if text is None else str(text).strip() for text in rows[name]] for name in columns), strict=True)
+    )
 
 
 def _classes(
@@ -203,7 +211,9 @@ def _classes(
         kinds = {type(value) for value in values if value is not None}
         if kinds & {list, dict} or any(isinstance(v, float) and not v.is_integer() for v in values):
             raise UserError(f"data: column {label!r} must hold integers or strings, one class per row")
-        distinct = sorted({_label(value) for value in values if value is not None}, key=lambda v: (isinstance(v, str), v))
+        distinct = sorted(
+            {_label(value) for value in values if value is not None}, key=lambda v: (isinstance(v, str), v)
+        )
         if len(distinct) < 2:
             raise UserError(f"data: column {label!r} must hold at least 2 different labels, got {len(distinct)}")
         if len(distinct) > 1000:

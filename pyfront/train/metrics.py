@@ -30,7 +30,9 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def bag_of_words(texts: Sequence[str], labels: Sequence[int], eval_texts: Sequence[str], smoothing: float = 0.3) -> Tensor:
+def bag_of_words(
+    texts: Sequence[str], labels: Sequence[int], eval_texts: Sequence[str], smoothing: float = 0.3
+) -> Tensor:
     """Classes of `eval_texts` by multinomial naive Bayes on word counts.
 
     log P(c | text) = log P(c) + sum over words of log P(word | c) + const, where P(word | c) is the word's share of class

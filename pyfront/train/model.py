@@ -94,10 +94,14 @@ def load(config: TrainConfig, texts: Texts) -> tuple[PreTrainedModel, PreTrained
         raise cannot_load(name, error) from error
     new = sorted([*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])])
     if 2 * len(new) > len(model.state_dict()):
-        raise UserError(f"model: {name} holds weights of another model: {len(new)} of those of {type(model).__name__} miss")
+        raise UserError(
+            f"model: {name} holds weights of another model: {len(new)} of those of {type(model).__name__} miss"
+        )
     notes = [f"newly initialised: {', '.join(new[:6])}" + (" ..." if len(new) > 6 else "")] if new else []
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise UserError(f"model: {name} has a tokenizer of {len(tokenizer)} tokens, more than the model has embeddings for")
+        raise UserError(
+            f"model: {name} has a tokenizer of {len(tokenizer)} tokens, more than the model has embeddings for"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if model.config.pad_token_id is None:
@@ -155,14 +159,18 @@ def new_llama(config: TrainConfig, texts: Sequence[str]) -> tuple[PreTrainedMode
     return LlamaForCausalLM(llama), tokenizer
 
 
-def find_max_length(config: TrainConfig, model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, default: int) -> int:
+def find_max_length(
+    config: TrainConfig, model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, default: int
+) -> int:
     """The longest text in tokens: what the user asks for, or `default`, within the model's positions.
 
     Raises:
         UserError: more than the model's positions was asked for.
     """
     limit = getattr(model, "max_position_embeddings", None) or 1 << 30
-    if "roberta" in model.model_type or model.model_type == "camembert":  # their positions start after the padding index
+    if (
+        "roberta" in model.model_type or model.model_type == "camembert"
+    ):  # their positions start after the padding index
         limit -= model.pad_token_id + 1
     limit = min(limit, tokenizer.model_max_length)
     if config.max_length is None:
@@ -194,13 +202,17 @@ def apply_peft(model: nn.Module, train_config: TrainConfig) -> nn.Module:
         try:
             model = get_peft_model(model, lora)
         except ValueError as error:
-            raise UserError(f"config: lora_targets must be modules of the model, got {targets!r} ({reason(error)})") from error
+            raise UserError(
+                f"config: lora_targets must be modules of the model, got {targets!r} ({reason(error)})"
+            ) from error
     elif train_config.method == "head":
         body = getattr(model, model.base_model_prefix, model)
         body.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
-        raise UserError(f"config: method {train_config.method!r} leaves nothing to train: the model has no weights of its own there")
+        raise UserError(
+            f"config: method {train_config.method!r} leaves nothing to train: the model has no weights of its own there"
+        )
     for p in trained:
         p.data = p.data.float()
     count, total = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())

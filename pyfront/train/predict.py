@@ -28,7 +28,11 @@ def predict(folder: str | Path, texts: Sequence[str], batch_size: int = 32) -> I
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 1 << 30)
     for start in range(0, len(texts), batch_size):
         batch = tokenizer(
-            list(texts[start : start + batch_size]), padding=True, truncation=True, max_length=limit, return_tensors="pt"
+            list(texts[start : start + batch_size]),
+            padding=True,
+            truncation=True,
+            max_length=limit,
+            return_tensors="pt",
         )
         with torch.inference_mode():
             probabilities = model(**batch.to(model.device)).logits.float().softmax(-1)
@@ -79,7 +83,10 @@ def find_trained(folder: str | Path) -> Path:
     if not path.is_dir():
         raise UserError(f"model: {folder} is not a folder")
     for candidate in (path, path / "model"):
-        if any((candidate / name).is_file() for name in ("adapter_config.json", "model.safetensors", "model.safetensors.index.json")):
+        if any(
+            (candidate / name).is_file()
+            for name in ("adapter_config.json", "model.safetensors", "model.safetensors.index.json")
+        ):
             return candidate
     raise UserError(f"model: {folder} must hold a model or an adapter, got a folder without; did the training finish?")
 

@@ -144,7 +144,9 @@ class Progress(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         self.evaluations.append((state.global_step, dict(metrics)))
         if self._bar is not None:
-            tqdm.write(f"epoch {state.epoch:.4g}, step {state.global_step}: training loss {self._loss:.4f}, {describe(metrics)}")
+            tqdm.write(
+                f"epoch {state.epoch:.4g}, step {state.global_step}: training loss {self._loss:.4f}, {describe(metrics)}"
+            )
 
     def close(self) -> None:
         if self._bar is not None:
@@ -154,7 +156,12 @@ class Progress(TrainerCallback):
 
 def describe(metrics: dict[str, float]) -> str:
     """What an evaluation found, in words."""
-    names = {"eval_loss": "loss", "eval_accuracy": "accuracy", "eval_macro_f1": "macro F1", "eval_perplexity": "perplexity"}
+    names = {
+        "eval_loss": "loss",
+        "eval_accuracy": "accuracy",
+        "eval_macro_f1": "macro F1",
+        "eval_perplexity": "perplexity",
+    }
     return ", ".join(f"{word} {metrics[name]:.4g}" for name, word in names.items() if name in metrics)
 
 

@@ -58,7 +58,9 @@ def main(train_config: TrainConfig | None = None, **settings: Any) -> dict[str, 
         UserError: something is wrong with the settings, the data, the model or the disk, the loss is not finite, or
             Ctrl-C was pressed; one line says what to do.
     """
-    missing = [name for name in ("transformers", "peft", "accelerate", "datasets") if not importlib.util.find_spec(name)]
+    missing = [
+        name for name in ("transformers", "peft", "accelerate", "datasets") if not importlib.util.find_spec(name)
+    ]
     if missing:
         raise UserError(f"finetune: {', '.join(missing)} must be installed; `pip install 'fusetune[train]'` does that")
     from fusetune.train.model import quiet
@@ -72,7 +74,7 @@ def _run(config: TrainConfig) -> dict[str, Any]:
     import transformers
 
     from fusetune.train import model as models
-    from fusetune.train.recorder import Progress, RecordingTrainer, StopOnInterrupt, describe
+    from fusetune.train.recorder import RecordingTrainer, describe
 
     output = _open_output(config)
     resume = _find_checkpoint(config, output)
@@ -148,7 +150,7 @@ def _run(config: TrainConfig) -> dict[str, Any]:
     _write_json(output / "metrics.json", result)
     _plot(trainer, result, output / "loss.png")
     command = "predict" if classify else "generate"
-    print(f"saved     {result['model_dir']}; try: fusetune {command} {shlex.quote(str(output))} \"some text\"")
+    print(f'saved     {result["model_dir"]}; try: fusetune {command} {shlex.quote(str(output))} "some text"')
     return result
 
 
@@ -237,7 +239,9 @@ def _write_config(config: TrainConfig, output: Path, resume: str | None) -> None
     if saved and saved.is_file():
         for name, earlier in load_config(saved).items():
             if name not in MAY_CHANGE and settings.get(name) != earlier:
-                raise UserError(f"resume: {name} must be {earlier!r}, as in the run to resume, got {settings.get(name)!r}")
+                raise UserError(
+                    f"resume: {name} must be {earlier!r}, as in the run to resume, got {settings.get(name)!r}"
+                )
     _write_json(output / "config.json", settings)
 
 
@@ -401,7 +405,9 @@ def _save_model(model: Any, tokenizer: PreTrainedTokenizerBase, names: list[str]
             if names and not (folder / "config.json").exists():
                 (folder / "labels.json").write_text(json.dumps(names, indent=2) + "\n")
     except Exception as error:  # torch and safetensors have their own types for a full disk
-        raise UserError(f"output_dir: the model must be written to {output}, got {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"output_dir: the model must be written to {output}, got {type(error).__name__}: {error}"
+        ) from error
     return str(output / "model")
 
 
@@ -425,6 +431,8 @@ def _plot(trainer: RecordingTrainer, result: dict[str, Any], path: Path) -> None
     evaluated = ([step for step, _ in log], *([e[f"eval_{name}"] for _, e in log] for name in ("loss", metric)))
     try:
         with replacing_file(path) as partial:
-            plot_run(partial, "fine-tuning", metric, (result["train_step_loss"], result["train_step_metric"]), evaluated)
+            plot_run(
+                partial, "fine-tuning", metric, (result["train_step_loss"], result["train_step_metric"]), evaluated
+            )
     except OSError as error:
         raise UserError(f"output_dir: {path} must be written, got {error}") from error

@@ -37,7 +37,9 @@ class Trainer(transformers.Trainer):
     def __init__(self, *args: Any, patch: bool = True, **kwargs: Any) -> None:
         self._patch = patch
         self._staging: Path | None = None  # stands for the output folder while a checkpoint is written
-        self._divides_by_items: bool | None = None  # does the model's loss honour num_items_in_batch; None: not measured
+        self._divides_by_items: bool | None = (
+            None  # does the model's loss honour num_items_in_batch; None: not measured
+        )
         self.patch_report: Any = None
         super().__init__(*args, **kwargs)
         if self.model_init is None:
@@ -134,8 +136,10 @@ class Trainer(transformers.Trainer):
         checkpoint = run / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         staging = run / ".partial"
         if not all(bool(p.isfinite().all()) for p in self.model.parameters() if p.requires_grad):
-            raise FloatingPointError(f"training: weights must be finite, got nan or inf after step {step};"
-                                     f" {self.last_checkpoint()}; try a lower learning rate")
+            raise FloatingPointError(
+                f"training: weights must be finite, got nan or inf after step {step};"
+                f" {self.last_checkpoint()}; try a lower learning rate"
+            )
         try:
             self._staging = staging
             super()._save_checkpoint(model, trial)
@@ -146,7 +150,9 @@ class Trainer(transformers.Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 move_into_place(staging / checkpoint.name, checkpoint)
-                rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+                rotate_checkpoints(
+                    str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+                )
         except Exception as error:  # torch and safetensors have their own types for a full disk
             raise OSError(
                 f"training: the checkpoint of step {step} must be written to {run}, got {type(error).__name__}: {error};"
