@@ -60,7 +60,7 @@ def scalars_kernel(table, rows, hypers, scalars, found_inf, ROWS: tl.constexpr):
     tl.store(out + STEP_SIZE, (-lr / bias1).to(tl.float32), inside)
     tl.store(out + SIGN, tl.where(maximize == 0, 1.0, -1.0), inside)
     if found_inf is not None:
-        rows = tl.where(tl.load(found_inf) == 1, 0, rows)
+        rows = tl.where(tl.load(found_inf) != 0, 0, rows)
     tl.store(count, step, r < rows)
 
 
@@ -82,7 +82,7 @@ def update_kernel(
     begin = (item - tl.load(first_item + low)) * ITEM
     end = tl.minimum(begin + ITEM, tl.load(row + NUMEL))
     if found_inf is not None:
-        end = tl.where(tl.load(found_inf) == 1, begin, end)
+        end = tl.where(tl.load(found_inf) != 0, begin, end)
     param = tl.load(row + PARAM).to(tl.pointer_type(STORAGE))
     grad = tl.load(row + GRAD).to(tl.pointer_type(STORAGE))
     exp_avg = tl.load(row + EXP_AVG).to(tl.pointer_type(STORAGE))
@@ -94,7 +94,9 @@ def update_kernel(
         max_sq = tl.multiple_of(max_sq, 16)
     scalars += low * SCALARS
     decay = tl.load(scalars + DECAY)
-    beta1_complement = tl.load(scalars + BETA1_COMPLEMENT)
+    weight = tl.load(scalars + BETA1_COMPLEMENT)
+    from_grad = weight >= 0.5  # m' = m + weight (g - m) from the nearer end, as torch's lerp
+    weight = tl.where(from_grad, weight - 1, weight)
     beta2 = tl.load(scalars + KEPT_BETA2)
     beta2_complement = tl.load(scalars + BETA2_COMPLEMENT)
     sqrt_bias2 = tl.load(scalars + SQRT_BIAS2)
@@ -114,7 +116,7 @@ def update_kernel(
                 g = tl.div_rn(g, grad_scale)
             p = tl.load(param + i, inside).to(tl.float32) * decay
             m = tl.load(exp_avg + i, inside).to(tl.float32)
-            m = tl.fma(beta1_complement, g - m, m)
+            m = tl.fma(weight, g - m, tl.where(from_grad, g, m))
             v = tl.load(exp_avg_sq + i, inside).to(tl.float32)
             v = tl.fma(beta2_complement * g, g, v * beta2)
             largest = v

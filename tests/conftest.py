@@ -8,7 +8,6 @@ is the one that `fusetune info` gives.
 Markers: `gpu` needs a CUDA device; `large` takes Triton's interpreter too long, and is left out of its rows.
 """
 
-import importlib.util
 import os
 from typing import NamedTuple
 
@@ -71,7 +70,7 @@ def mentions(value, dtype):
 def backend(request, monkeypatch):
     """Forces the backend of one row; gives its name and the device of its tensors."""
     name, _, row = request.param.partition("-")
-    op, device = request.module.OP, torch.device("cuda" if row == "gpu" else "cpu")
+    device = torch.device("cuda" if row == "gpu" else "cpu")
     extension = _native.extension()
     before = extension.isa()
     if name == "cpu":
@@ -82,11 +81,6 @@ def backend(request, monkeypatch):
         extension.set_isa(row)
     elif reason := why_not(name, device.type):
         pytest.skip(reason)
-    if name == "triton":
-        module = f"fusetune.kernels.{op}"
-        kernels = importlib.import_module(module) if importlib.util.find_spec(module) else None
-        if not (hasattr(kernels, "forward") or hasattr(kernels, "step")):
-            pytest.skip(f"{module} has no launcher")
     parameters = request.node.callspec.params.values()
     if request.param == INTERPRETED and any(mentions(value, torch.bfloat16) for value in parameters):
         pytest.skip("Triton's interpreter computes bfloat16 products wrongly, and truncates to bfloat16")
