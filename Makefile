@@ -21,7 +21,9 @@ test: .venv/dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 bench: .venv/dev
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest benchmarks --benchmark-only \
+	  --benchmark-json=$$($(BIN)/python benchmarks/results.py path)
+	$(BIN)/python benchmarks/results.py write
 
 lint: .venv/dev .cache/typing/fusetune
 	$(BIN)/ruff check .

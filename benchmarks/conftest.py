@@ -6,10 +6,11 @@ import platform
 from typing import Any
 
 import pytest
+import results
 import timer
 import torch
 
-from fusetune import __version__, _native
+from fusetune import __version__
 
 
 @pytest.fixture(scope="session")
@@ -17,18 +18,10 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    with open("/proc/cpuinfo") as file:
-        name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
-    return f"{name}, {torch.get_num_threads()} threads, {_native.extension().isa()}"
-
-
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.clear()
     machine_info.update(
-        device=device_name(),
+        device=results.device_name(),
         gemm_gflops={str(dtype)[6:]: round(timer.gemm_gflops(dtype)) for dtype in (torch.float32, torch.bfloat16)},
         stream_gbs=round(timer.stream_gbs(), 1),
         torch=torch.__version__,

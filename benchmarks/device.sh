@@ -6,16 +6,15 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 results=${1:-benchmarks/results}
 
-device=$("$python" - <<'END'
+gpu=$("$python" - <<'END'
 try:
     import torch
 except ImportError as error:
     raise SystemExit(f"device.sh: {error}; PYTHON names the Python that has torch") from None
-if torch.cuda.is_available():
-    print(torch.cuda.get_device_name().lower().replace(" ", "-").replace("/", "-"))
+print(torch.cuda.is_available())
 END
 )
-if [ -z "$device" ]; then
+if [ "$gpu" = False ]; then
   echo "device.sh: no GPU that torch can use on this machine; nothing to do"
   exit 0
 fi
@@ -31,5 +30,6 @@ FUSETUNE_CUDA=1 "$python" -m pip install --quiet --no-build-isolation --no-deps 
 failed=0
 "$python" -m pytest -m gpu || failed=1
 mkdir -p "$results"
-"$python" -m pytest benchmarks --benchmark-only --benchmark-json="$results/$device.json" || failed=1
+"$python" -m pytest benchmarks --benchmark-only \
+  --benchmark-json="$results/$(basename "$("$python" benchmarks/results.py path)")" || failed=1
 exit $failed

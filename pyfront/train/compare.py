@@ -5,11 +5,66 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+
+@dataclass
+class Contender:
+    """A model in training, and the arithmetic of its step."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    dtype: torch.dtype
+    max_grad_norm: float
+
+    def backward(self, batch: Mapping[str, Any]) -> tuple[float, float]:
+        """Loss, and norm of the gradients before they are clipped."""
+        device = next(self.model.parameters()).device
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.model(**batch).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or torch.inf)
+        return float(loss.detach()), float(norm)
+
+    def step(self, batch: Mapping[str, Any]) -> None:
+        """Forward, backward, clipping and AdamW."""
+        self.backward(batch)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def contenders(model: nn.Module, dtype: torch.dtype, max_grad_norm: float = 1.0) -> tuple[Contender, Contender]:
+    """Stock with torch.optim.AdamW(fused=True), and ours: two copies of `model` that share its frozen weights."""
+    from fusetune.optim import AdamW
+    from fusetune.patching import patch
+
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    stock, ours = (copy.deepcopy(model, dict(shared)) for _ in range(2))
+    patch(ours)
+    return (
+        Contender(stock, torch.optim.AdamW(trained(stock), lr=1e-4, fused=True), dtype, max_grad_norm),
+        Contender(ours, AdamW(trained(ours), lr=1e-4), dtype, max_grad_norm),
+    )
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def agreement(stock: Contender, ours: Contender, batch: Mapping[str, Any]) -> dict[str, float]:
+    """Loss and gradient norm of both, without dropout, whose masks differ: they show that both compute the same."""
+    seen = {}
+    for name, contender in (("stock", stock), ("fusetune", ours)):
+        contender.model.eval()
+        seen[f"{name}_loss"], seen[f"{name}_grad_norm"] = contender.backward(batch)
+        contender.model.zero_grad()
+        contender.model.train()
+    return seen
 
 
 def compare_steps(
@@ -19,11 +74,7 @@ def compare_steps(
     dtype: torch.dtype,
     max_grad_norm: float = 1.0,
 ) -> dict[str, Any]:
-    """Times forward, backward, clipping and AdamW of the unpatched `model`, as it is and patched, in turn.
-
-    Both train copies of the same weights (frozen ones are shared) on the same batches, stock with
-    torch.optim.AdamW(fused=True). The first batch warms up. Before that, loss and gradient norm of the two are taken on
-    it without dropout, whose masks differ, to show that they compute the same.
+    """Times the training step of the unpatched `model`, as it is and patched, in turn; the first batch warms up.
 
     Args:
         model: without patches; stays as it is.
@@ -33,45 +84,16 @@ def compare_steps(
         `speedup`, the median over the batches of stock's time over ours; the median `stock_seconds` and
         `fusetune_seconds`; `stock_loss`, `fusetune_loss`, `stock_grad_norm`, `fusetune_grad_norm`; and `pairs`.
     """
-    from fusetune.optim import AdamW
-    from fusetune.patching import patch
-
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
-    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    stock, ours = (copy.deepcopy(model, dict(shared)) for _ in range(2))
-    patch(ours)
-
-    def forward(copied: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss: torch.Tensor = copied(**batch).loss
-        return loss
-
-    def backward(copied: nn.Module, batch: dict[str, Any]) -> tuple[float, float]:
-        loss = forward(copied, batch)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(copied.parameters(), max_grad_norm or torch.inf)
-        return float(loss.detach()), float(norm)
-
-    seen = {}
-    for name, copied in (("stock", stock), ("fusetune", ours)):
-        copied.eval()
-        seen[f"{name}_loss"], seen[f"{name}_grad_norm"] = backward(copied, batches[0])
-        copied.zero_grad()
-        copied.train()
-
-    optimizers = (
-        torch.optim.AdamW([p for p in stock.parameters() if p.requires_grad], lr=1e-4, fused=True),
-        AdamW([p for p in ours.parameters() if p.requires_grad], lr=1e-4),
-    )
+    stock, ours = contenders(model, dtype, max_grad_norm)
+    seen = agreement(stock, ours, batches[0])
     times: list[tuple[float, float]] = []
     for batch in batches:
         pair = []
-        for copied, optimizer in zip((stock, ours), optimizers, strict=True):
+        for contender in (stock, ours):
             synchronize(device)
             start = time.perf_counter()
-            backward(copied, batch)
-            optimizer.step()
-            optimizer.zero_grad()
+            contender.step(batch)
             synchronize(device)
             pair.append(time.perf_counter() - start)
         times.append((pair[0], pair[1]))

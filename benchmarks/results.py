@@ -1,0 +1,190 @@
+"""Where the results of the benchmarks are, and the tables that are made of them.
+
+    python benchmarks/results.py path      prints the results file of this machine
+    python benchmarks/results.py write     writes results/<device>.md of each results/<device>.json, and README's table
+    python benchmarks/results.py check     exits with 1 where one of these is not what `write` would write
+
+Speed-up is stock's time over ours, the median over rounds in which both ran in turn: below 1 we are slower.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+MARKS = ("<!-- results -->\n", "<!-- /results -->\n")
+BASELINES = {
+    "finetune": ("stock", "transformers + PEFT + torch.optim.AdamW(fused=True)"),
+    "lora_linear": ("peft", "PEFT's layer"),
+    "flash_attention": ("stock", "torch's scaled_dot_product_attention"),
+    "adamw": ("fused", "torch.optim.AdamW(fused=True)"),
+}
+
+Row = dict[str, Any]
+
+
+def device_name() -> str:
+    import torch
+
+    from fusetune import _native
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with open("/proc/cpuinfo") as file:
+        name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
+    return f"{name}, {torch.get_num_threads()} threads, {_native.extension().isa()}"
+
+
+def path(device: str) -> Path:
+    return HERE / "results" / (re.sub(r"\W+", "-", device.lower()).strip("-") + ".json")
+
+
+def table(head: list[str], rows: Iterable[list[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)
+
+
+def speedup(row: Row) -> float:
+    return float(row[f"speedup_over_{BASELINES[row['op']][0]}"])
+
+
+def stock_ms(row: Row) -> float:
+    return float(row[f"{BASELINES[row['op']][0]}_ms"])
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def machine(results: Row) -> str:
+    info = results["machine_info"]
+    gemm = ", ".join(f"{dtype} {rate:,}" for dtype, rate in info["gemm_gflops"].items())
+    return (
+        f"{info['device']}; torch {info['torch']}, Python {info['python']}. Its ceilings, as torch reaches them:"
+        f" matrix products {gemm} GFLOP/s, stream {info['stream_gbs']} GB/s."
+    )
+
+
+def steps_table(rows: list[Row]) -> str:
+    """Whole training steps; what both compute stands beside how long they take."""
+    return table(
+        ["training step", "stock", "fusetune", "speed-up", "tokens/s", "MFU", "loss (stock)", "gradient norm (stock)"],
+        (
+            [
+                f"{row['model']}, {row['method']}, {row['shape']}"
+                + (f", lengths from {float(row['mask']):.0%} of S" if row["mask"] != "1" else "")
+                + f", {row['dtype']}",
+                milliseconds(row["stock_ms"]),
+                milliseconds(row["ours_ms"]),
+                f"**{speedup(row):.2f}×**",
+                f"{row['tokens_per_second']:,}",
+                f"{row['mfu']:.0%}",
+                f"{row['fusetune_loss']:.7g} ({row['stock_loss']:.7g})",
+                f"{row['fusetune_grad_norm']:.6g} ({row['stock_grad_norm']:.6g})",
+            ]
+            for row in rows
+        ),
+    )
+
+
+def ops_table(rows: list[Row]) -> str:
+    """A line for each op, dtype and whether there is dropout."""
+    groups: dict[tuple[str, str, bool], list[float]] = {}
+    for row in rows:
+        groups.setdefault((row["op"], row["dtype"], bool(row.get("dropout_p"))), []).append(speedup(row))
+    return table(
+        ["op", "dtype", "cells", "speed-up: least", "median", "most", "slower cells"],
+        (
+            [
+                f"{op}{', dropout 0.1' if dropout else ''} over {BASELINES[op][1]}",
+                dtype,
+                len(found),
+                *(f"{value:.2f}×" for value in (min(found), statistics.median(found), max(found))),
+                sum(value < 1 for value in found),
+            ]
+            for (op, dtype, dropout), found in groups.items()
+        ),
+    )
+
+
+def cells_table(rows: list[Row]) -> str:
+    return table(
+        ["op", "cell", "stock", "fusetune", "speed-up", "beside"],
+        (
+            [
+                row["op"],
+                ", ".join(
+                    str(row[name])
+                    for name in ("shape", "mask", "dtype", "dropout_p")
+                    if row.get(name) not in (None, 0.0)
+                ),
+                milliseconds(stock_ms(row)),
+                milliseconds(row["ours_ms"]),
+                f"{speedup(row):.2f}×",
+                "; ".join(beside(row)),
+            ]
+            for row in rows
+        ),
+    )
+
+
+def beside(row: Row) -> list[str]:
+    """What else the row says: its share of a ceiling, in the terms of the op."""
+    said = []
+    if "lora_tax" in row:
+        said.append(f"tax {row['lora_tax']:+.1%}, PEFT's {row['peft_tax']:+.1%}, floor {row['floor']:+.1%}")
+    if "gflops" in row:
+        said.append(f"{row['gflops']:,} GFLOP/s")
+    if "gbs" in row:
+        said.append(f"{row['gbs']} GB/s")
+    if "speedup_over_default" in row:
+        said.append(f"{row['speedup_over_default']:.1f}× torch's default")
+    return said
+
+
+def documents() -> dict[Path, str]:
+    """Every generated document and what it must hold."""
+    found = {}
+    first_screen = []
+    for file in sorted((HERE / "results").glob("*.json")):
+        results = json.loads(file.read_text())
+        rows = results["benchmarks"]
+        steps, cells = [r for r in rows if r["op"] == "finetune"], [r for r in rows if r["op"] != "finetune"]
+        said, summary = machine(results), f"{steps_table(steps)}\n{ops_table(cells)}"
+        where = f"[All cells](benchmarks/results/{file.stem}.md); `make bench` measures your machine."
+        first_screen.append(f"{said} {where}\n\n{summary}")
+        title = f"# {results['machine_info']['device']}"
+        origin = f"Made by `benchmarks/results.py` of `{file.name}`. {said}"
+        found[file.with_suffix(".md")] = "\n\n".join([title, origin, f"{summary}\n## Cells", cells_table(cells)])
+    before, rest = README.read_text().split(MARKS[0])
+    found[README] = before + MARKS[0] + "\n" + "\n".join(first_screen) + "\n" + MARKS[1] + rest.split(MARKS[1])[1]
+    return found
+
+
+def main(command: str) -> int:
+    if command == "path":
+        print(path(device_name()))
+    elif command == "write":
+        for file, text in documents().items():
+            file.write_text(text)
+    elif command == "check":
+        stale = [file.name for file, text in documents().items() if not file.exists() or file.read_text() != text]
+        if stale:
+            print(f"{', '.join(stale)} must be written anew: python benchmarks/results.py write", file=sys.stderr)
+            return 1
+    else:
+        print(__doc__, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(" ".join(sys.argv[1:])))
