@@ -79,6 +79,27 @@ def test_families_of_bert_as_encoder_and_decoder(name: str) -> None:
     assert_follows(run(decoder, batch), stock)
 
 
+DECODERS = ["Gemma", "Granite", "Mistral", "Olmo2", "Phi3", "Qwen2", "Qwen3", "SmolLM3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "window"),
+    [*((name, None) for name in DECODERS), *((name, 4) for name in ("Mistral", "Phi3", "Qwen2", "Qwen3", "SmolLM3"))],
+)
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+def test_families_of_llama(name: str, window: int | None, padding: str) -> None:
+    options = {"num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    if window:
+        options |= {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 1}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**SIZES, **options))
+    stock = run(model, llama_batch(padding))
+    assert [e.module for e in patch(model, strict=True).replaced] == [f"transformers.{name}Attention"]
+    assert_follows(run(model, llama_batch(padding)), stock)
+    unpatch(model)
+    assert_same(run(model, llama_batch(padding)), stock)
+
+
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_packed_sequences_follow_stock(use_cache: bool) -> None:
     model = make_llama()
