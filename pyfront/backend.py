@@ -41,6 +41,8 @@ def why_not(backend: str, device_type: str) -> str | None:
     return None
 
 
+# Dynamo would trace past the caches, and warn of them.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(op: str, device: torch.device) -> str:
     """The backend that `op` takes for tensors on `device`.
 
