@@ -64,7 +64,7 @@ def _dispatch(arguments: list[str]) -> int:
     parsers["merge"].add_argument("output", help="folder to make")
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        flags = [flag for flag in parsers[options.command]._option_string_actions] if options.command else []
+        flags = list(parsers[options.command]._option_string_actions) if options.command else []
         close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UserError(f"fusetune {options.command}: unknown argument {unknown[0]}{hint}", exit_code=2)

@@ -100,7 +100,7 @@ class TrainConfig:
     weight_decay: float = at_least_zero(0.0, "AdamW's weight decay")
     max_grad_norm: float = at_least_zero(1.0, "clip gradients to this norm; 0 for not at all")
     lora_r: int = positive(16, "rank of the adapters")
-    lora_alpha: float | None = positive(None, "adapters are scaled by lora_alpha / lora_r (default: 2 lora_r)")
+    lora_alpha: int | None = positive(None, "adapters are scaled by lora_alpha / lora_r (default: 2 lora_r)")
     lora_dropout: float = option(
         0.05, "dropout on the adapters' input", check=lambda value: 0 <= value < 1, must="be in [0, 1)"
     )

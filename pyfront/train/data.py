@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +34,10 @@ class Texts:
 
     train: list[tuple[str, ...]]
     evaluation: list[tuple[str, ...]]
-    train_labels: list[int]
-    eval_labels: list[int]
-    names: list[str]
     source: str
+    train_labels: list[int] = field(default_factory=list)
+    eval_labels: list[int] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
 
 
 def load_texts(config: TrainConfig) -> Texts:
@@ -46,54 +46,69 @@ def load_texts(config: TrainConfig) -> Texts:
     Raises:
         UserError: the dataset cannot be read, is empty, or lacks a column; a label is missing or out of range.
     """
-    train, evaluation = _load_splits(config)
-    classify = config.task == "sequence-classification"
+    splits = _load_splits(config)
+    train, evaluation = splits
     columns = _text_columns(config, train)
-    label = _label_column(config, train, columns) if classify else None
-    for split in (train, evaluation):
-        if missing := {*columns, *([label] if label else [])} - set(split.column_names):
-            raise UserError(f"data: the evaluation data has no column {missing.pop()!r}; {_columns(split)}")
-    names: list[str] = []
+    label = _label_column(config, train, columns) if config.task == "sequence-classification" else None
+    for name in (*columns, *([label] if label else [])):
+        if name not in evaluation.column_names:
+            raise UserError(f"data: the evaluation data has no column {name!r}; {_columns(evaluation)}")
+    names, number = _classes(config, train, label) if label else ([], None)
+    texts: list[list[tuple[str, ...]]] = [[], []]
     labels: list[list[int]] = [[], []]
-    texts = [_rows(split, columns) for split in (train, evaluation)]
-    keep = [[i for i, row in enumerate(rows) if all(row)] for rows in texts]
-    for rows, name in zip(keep, ("training", "evaluation"), strict=True):
-        if not rows:
-            raise UserError(f"data: {config.dataset} has no {name} rows with text in column {columns[0]!r}")
-    if label:
-        raw = [split[label] for split in (train, evaluation)]
-        names, number = _classes(config, train, label, [raw[0][i] for i in keep[0]])
-        labels = [[number(raw[s][i], i, s) for i in keep[s]] for s in (0, 1)]
-    texts = [[texts[s][i] for i in keep[s]] for s in (0, 1)]
+    sources = (config.dataset, config.eval_dataset or config.dataset)
+    for part, (split, rows) in enumerate(zip(splits, _choose_rows(config, train, evaluation), strict=True)):
+        chosen = split.select(rows)
+        values = chosen[label] if label else rows
+        for row, text, value in zip(rows, _texts(chosen, columns), values, strict=True):
+            if all(text):
+                texts[part].append(text)
+                if number:
+                    labels[part].append(number(value, f"row {row + 1} of {sources[part]}, column {label!r}"))
+        if not texts[part]:
+            what = ("train", "evaluate")[part]
+            raise UserError(f"data: {sources[part]} has no rows to {what} on with text in column {columns[0]!r}")
     source = f"{config.dataset}, {' and '.join(columns)}" + (f" to {label}" if label else "")
-    return Texts(texts[0], texts[1], labels[0], labels[1], names, source)
+    return Texts(texts[0], texts[1], source, labels[0], labels[1], names)
 
 
 def _load_splits(config: TrainConfig) -> tuple[Dataset, Dataset]:
-    """The rows to train and to evaluate on."""
+    """The rows to train and to evaluate on; the same object twice where one part of it is to be held out."""
     assert config.dataset
     splits = _load(config.dataset, config)
-    train = splits.get("train") or next(iter(splits.values()))
-    named = next((splits[name] for name in EVAL_SPLITS if name in splits and splits[name] is not train), None)
+    train = splits["train"] if "train" in splits else next(iter(splits.values()))
+    evaluation = _evaluation_split(splits) or train
     if config.eval_dataset:
-        named = next(iter(_load(config.eval_dataset, config).values()))
-    for rows in (train, named):
-        if rows is not None and not len(rows):
-            raise UserError(f"data: {config.dataset} must have rows, got none")
-    if named is None:
+        splits = _load(config.eval_dataset, config)
+        evaluation = _evaluation_split(splits) or next(iter(splits.values()))
+    for rows, name in ((train, config.dataset), (evaluation, config.eval_dataset or config.dataset)):
+        if not len(rows):
+            raise UserError(f"data: {name} must have rows, got none")
+    return train, evaluation
+
+
+def _evaluation_split(splits: dict[str, Dataset]) -> Dataset | None:
+    return next((splits[name] for name in EVAL_SPLITS if name in splits), None)
+
+
+def _choose_rows(config: TrainConfig, train: Dataset, evaluation: Dataset) -> tuple[list[int], list[int]]:
+    """The numbers of the rows to train and to evaluate on, in the order of their use."""
+    draw = random.Random(config.seed)
+    if evaluation is train:
         count = len(train)
         if count < 2:
             raise UserError(
                 f"data: {config.dataset} must have 2 rows or more, to evaluate on a part of them, got {count}"
             )
         size = min(max(1, round(config.eval_fraction * count)), count - 1)
-        held = set(random.Random(config.seed).sample(range(count), size))
-        named = train.select(sorted(held))
-        train = train.select([row for row in range(count) if row not in held])
+        held = set(draw.sample(range(count), size))
+        rows = [row for row in range(count) if row not in held], sorted(held)
+    else:
+        rows = list(range(len(train))), list(range(len(evaluation)))
     if config.task == "sequence-classification":  # for causal-lm the order of the rows may carry meaning
-        train, named = train.shuffle(seed=config.seed), named.shuffle(seed=config.seed)
-    limits = (config.max_train_samples or len(train), config.max_eval_samples or len(named))
-    return train.select(range(min(limits[0], len(train)))), named.select(range(min(limits[1], len(named))))
+        for part in rows:
+            draw.shuffle(part)
+    return rows[0][: config.max_train_samples], rows[1][: config.max_eval_samples]
 
 
 def _load(name: str, config: TrainConfig) -> dict[str, Dataset]:
@@ -138,7 +153,7 @@ def reason(error: BaseException) -> str:
     """The first line of the innermost message of a chain of exceptions."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines()
+    lines: list[str] = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
@@ -151,10 +166,12 @@ def _text_columns(config: TrainConfig, rows: Dataset) -> list[str]:
     for name in asked:
         if name not in rows.column_names:
             raise UserError(f"data: {config.dataset} has no column {name!r}; {_columns(rows)}")
+    if config.text_pair_column and config.task == "causal-lm":
+        raise UserError("config: text_pair_column must be left out for causal-lm")
     if config.text_column:
         return asked
-    by_name = {name.lower(): name for name in rows.column_names}
-    if config.task == "sequence-classification":
+    by_name = {name.lower(): str(name) for name in rows.column_names if name not in (*asked, config.label_column)}
+    if config.task == "sequence-classification" and not asked:
         for pair in PAIR_COLUMNS:
             if all(name in by_name for name in pair):
                 return [by_name[name] for name in pair]
@@ -163,8 +180,8 @@ def _text_columns(config: TrainConfig, rows: Dataset) -> list[str]:
             return [by_name[name], *asked]
     strings = [
         name
-        for name, feature in rows.features.items()
-        if getattr(feature, "dtype", None) in ("string", "large_string") and name.lower() not in LABEL_COLUMNS
+        for lower, name in by_name.items()
+        if getattr(rows.features[name], "dtype", None) in ("string", "large_string") and lower not in LABEL_COLUMNS
     ]
     if len(strings) == 1:
         return [strings[0], *asked]
@@ -178,55 +195,48 @@ def _label_column(config: TrainConfig, rows: Dataset, texts: list[str]) -> str:
         if config.label_column not in rows.column_names:
             raise UserError(f"data: {config.dataset} has no column {config.label_column!r}; {_columns(rows)}")
         return config.label_column
-    by_name = {name.lower(): name for name in rows.column_names}
+    by_name = {name.lower(): str(name) for name in rows.column_names if name not in texts}
     for name in LABEL_COLUMNS:
         if name in by_name:
             return by_name[name]
-    rest = [name for name in rows.column_names if name not in texts]
-    if len(rest) == 1:
-        return str(rest[0])
+    if len(by_name) == 1:
+        return next(iter(by_name.values()))
     raise UserError(
         f"data: cannot tell which column of {config.dataset} is the label; {_columns(rows)}; use --label-column"
     )
 
 
-def _rows(rows: Dataset, columns: list[str]) -> list[tuple[str, ...]]:
-    return list(
-        zip(*(["" if text is None else str(text).strip() for text in rows[name]] for name in columns), strict=True)
-    )
+def _texts(rows: Dataset, columns: list[str]) -> list[tuple[str, ...]]:
+    stripped = (["" if text is None else str(text).strip() for text in rows[name]] for name in columns)
+    return list(zip(*stripped, strict=True))
 
 
-def _classes(
-    config: TrainConfig, rows: Dataset, label: str, values: Sequence[Any]
-) -> tuple[list[str], Callable[[Any, int, int], int]]:
-    """The names of the classes, and the function from a label, its row and its split to the number of its class."""
-    feature = rows.features[label]
-    names = list(getattr(feature, "names", None) or ())
+def _classes(config: TrainConfig, rows: Dataset, label: str) -> tuple[list[str], Callable[[Any, str], int]]:
+    """The names of the classes, and the function from a label, and where it stands, to the number of its class."""
+    names = list(getattr(rows.features[label], "names", None) or ())
     if names:
         numbers: dict[Any, int] = {number: number for number in range(len(names))}
     elif config.num_labels:
         numbers = {number: number for number in range(config.num_labels)}
-        names = [str(number) for number in range(config.num_labels)]
+        names = [str(number) for number in numbers]
     else:
-        kinds = {type(value) for value in values if value is not None}
-        if kinds & {list, dict} or any(isinstance(v, float) and not v.is_integer() for v in values):
+        values = [value for value in rows[label] if value is not None]
+        if any(isinstance(v, (list, dict)) or (isinstance(v, float) and not v.is_integer()) for v in values):
             raise UserError(f"data: column {label!r} must hold integers or strings, one class per row")
-        distinct = sorted(
-            {_label(value) for value in values if value is not None}, key=lambda v: (isinstance(v, str), v)
-        )
+        distinct = sorted({_label(value) for value in values}, key=lambda v: (isinstance(v, str), v))
         if len(distinct) < 2:
             raise UserError(f"data: column {label!r} must hold at least 2 different labels, got {len(distinct)}")
         if len(distinct) > 1000:
             raise UserError(f"data: column {label!r} holds {len(distinct)} different values; it is hardly a label")
         numbers = {value: number for number, value in enumerate(distinct)}
         names = [str(value) for value in distinct]
+    integers = list(numbers) == list(range(len(numbers)))
+    known = f"0 to {len(names) - 1}" if integers else ", ".join(names[:10]) + ", ..." * (len(names) > 10)
 
-    def number(value: Any, row: int, split: int) -> int:
-        where = f"row {row} of the {('training', 'evaluation')[split]} data, column {label!r}"
+    def number(value: Any, where: str) -> int:
         if value is None:
             raise UserError(f"data: label must not be empty, got none in {where}")
         if (found := numbers.get(_label(value))) is None:
-            known = f"0 to {len(names) - 1}" if _label(next(iter(numbers))) == 0 else ", ".join(names[:10])
             raise UserError(f"data: label must be among those to train on ({known}), got {value!r} in {where}")
         return found
 
@@ -270,6 +280,9 @@ def tokenize_running(
 ) -> TokenizedRows:
     """Rows for a causal LM, each text closed by the end-of-sequence token: the joined texts in blocks of max_length
     tokens, or without `packing` a row per text, cut to max_length.
+
+    Raises:
+        UserError: no row has a second token to predict.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rows = [[*ids, *end] for ids in tokenizer([text for (text,) in texts], verbose=False)["input_ids"]]
@@ -281,7 +294,9 @@ def tokenize_running(
             del rows[-1]
     else:
         cut = sum(len(row) > max_length for row in rows)
-        rows = [row[:max_length] for row in rows]
+        rows = [row[:max_length] for row in rows if len(row) > 1]  # the loss of a single token is 0 / 0
+    if not rows or len(rows[0]) < 2:
+        raise UserError("data: the texts to train and to evaluate on must have 2 tokens or more")
     return TokenizedRows([{"input_ids": row, "attention_mask": [1] * len(row), "labels": row} for row in rows], cut)
 
 

@@ -1,8 +1,8 @@
 """The data of the default jobs, from the standard library of the running Python.
 
-For classification: docstrings, labelled by subject. The sources are parsed, never imported or run. The subjects are groups
-of chapters of the Python library reference (https://docs.python.org/3/library/index.html); a module that this Python
-lacks is passed over. For language modelling: the texts of `help()` on topics, such as `help("LOOPING")`.
+For classification: docstrings, labelled by subject. The sources are parsed, never imported or run. The subjects are
+groups of chapters of the Python library reference (https://docs.python.org/3/library/index.html); a module that this
+Python lacks is passed over. For language modelling: the texts of `help()` on topics, such as `help("LOOPING")`.
 """
 
 from __future__ import annotations
@@ -74,19 +74,18 @@ def load_docstrings(config: TrainConfig) -> Texts:
         for part, texts, limit in zip(parts, (train, evaluation), (total - wanted, wanted), strict=True):
             draw.shuffle(texts)
             part += [(text, number) for text in texts[:limit]]
-    limits = (config.max_train_samples, config.max_eval_samples)
-    for part, limit in zip(parts, limits, strict=True):
+    for part, most in zip(parts, (config.max_train_samples, config.max_eval_samples), strict=True):
         draw.shuffle(part)
-        del part[limit or len(part) :]
+        del part[most or len(part) :]
         if len({label for _, label in part}) < 2:
             raise UserError(f"data: {library} must hold the sources of Python's standard library; use --dataset")
     return Texts(
         train=[(text,) for text, _ in parts[0]],
         evaluation=[(text,) for text, _ in parts[1]],
+        source="docstrings of Python's standard library",
         train_labels=[label for _, label in parts[0]],
         eval_labels=[label for _, label in parts[1]],
         names=list(SUBJECTS),
-        source="docstrings of Python's standard library",
     )
 
 
@@ -98,9 +97,13 @@ def load_topics(config: TrainConfig) -> Texts:
         raise UserError("data: this Python comes without pydoc_data.topics; use --dataset") from error
     names = sorted(topics)
     held = set(random.Random(config.seed).sample(names, max(1, len(names) // 10)))
-    train = [(topics[name],) for name in names if name not in held][: config.max_train_samples]
-    evaluation = [(topics[name],) for name in sorted(held)][: config.max_eval_samples]
-    return Texts(train, evaluation, [], [], [], "the topics of Python's help()")
+    train = [name for name in names if name not in held][: config.max_train_samples]
+    evaluation = sorted(held)[: config.max_eval_samples]
+    return Texts(
+        train=[(topics[name],) for name in train],
+        evaluation=[(topics[name],) for name in evaluation],
+        source="the topics of Python's help()",
+    )
 
 
 def _docstrings(library: Path, module: str, seen: set[str]) -> Iterator[str]:

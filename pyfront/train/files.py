@@ -20,7 +20,7 @@ def move_into_place(new: Path, place: Path) -> None:
 
 @contextmanager
 def replacing_folder(place: Path) -> Iterator[Path]:
-    """An empty folder beside `place`, which takes its place at the end of the block and is removed if the block raises."""
+    """An empty folder beside `place`; it takes its place at the end of the block, or is removed if the block raises."""
     partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

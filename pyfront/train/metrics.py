@@ -35,16 +35,16 @@ def bag_of_words(
 ) -> Tensor:
     """Classes of `eval_texts` by multinomial naive Bayes on word counts.
 
-    log P(c | text) = log P(c) + sum over words of log P(word | c) + const, where P(word | c) is the word's share of class
-    c's words with `smoothing` added to each count (Manning, Raghavan, Schütze, Introduction to Information Retrieval,
-    section 13.2). Words that `texts` lacks are ignored.
+    log P(c | text) = log P(c) + sum over words of log P(word | c) + const, where P(word | c) is the word's share of the
+    words of class c, with `smoothing` added to each count (Manning, Raghavan, Schütze, Introduction to Information
+    Retrieval, section 13.2). Words that `texts` lacks are ignored.
     """
     classes = max(labels) + 1
-    words = [re.findall(r"\w+", text.lower()) for text in texts]
-    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(word for text in words for word in text))}
+    bags = [Counter(re.findall(r"\w+", text.lower())) for text in texts]
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(word for bag in bags for word in bag))}
     counts = torch.full((len(vocabulary), classes), smoothing)
-    for text, label in zip(words, labels, strict=True):
-        for word, count in Counter(text).items():
+    for bag, label in zip(bags, labels, strict=True):
+        for word, count in bag.items():
             counts[vocabulary[word], label] += count
     log_words = (counts / counts.sum(0)).log()
     log_prior = (torch.bincount(torch.tensor(labels), minlength=classes) / len(labels)).log()

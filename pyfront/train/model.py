@@ -59,8 +59,9 @@ def find_dtype(config: TrainConfig) -> torch.dtype:
 def load(config: TrainConfig, texts: Texts) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     """The model for the task, its tokenizer, and notes for the user.
 
-    Without a model_name that is MiniLM for classification, and a new small Llama for causal-lm. Under LoRA and head training the frozen weights are held in the training precision; weights that are trained stay
-    float32, and the arithmetic is left to autocast.
+    Without a model_name that is MiniLM for classification, and a new small Llama for causal-lm. Under LoRA and head
+    training the frozen weights are held in the training precision; weights that are trained stay float32, and the
+    arithmetic is left to autocast.
 
     Raises:
         UserError: the folder or hub id gives no such model.
@@ -83,7 +84,7 @@ def load(config: TrainConfig, texts: Texts) -> tuple[PreTrainedModel, PreTrained
     try:
         hf_config = AutoConfig.from_pretrained(name, **labels)
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model, info = kind.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             name,
             config=hf_config,
             dtype=torch.float32 if config.method == "full" else find_dtype(config),
@@ -92,6 +93,7 @@ def load(config: TrainConfig, texts: Texts) -> tuple[PreTrainedModel, PreTrained
         )
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ... by what is broken
         raise cannot_load(name, error) from error
+    model, info = loaded
     new = sorted([*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])])
     if 2 * len(new) > len(model.state_dict()):
         raise UserError(
@@ -167,17 +169,20 @@ def find_max_length(
     Raises:
         UserError: more than the model's positions was asked for.
     """
-    limit = getattr(model, "max_position_embeddings", None) or 1 << 30
-    if (
-        "roberta" in model.model_type or model.model_type == "camembert"
-    ):  # their positions start after the padding index
-        limit -= model.pad_token_id + 1
-    limit = min(limit, tokenizer.model_max_length)
+    limit = count_positions(model, tokenizer)
     if config.max_length is None:
         return min(limit, default)
     if config.max_length > limit:
         raise UserError(f"config: max_length must be at most {limit}, the model's positions, got {config.max_length}")
     return config.max_length
+
+
+def count_positions(model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The longest text in tokens that the model takes; 2**30 where there is no limit."""
+    limit = getattr(model, "max_position_embeddings", None) or 1 << 30
+    if "roberta" in model.model_type or model.model_type == "camembert":
+        limit -= model.pad_token_id + 1  # their positions start after the padding index
+    return int(min(limit, tokenizer.model_max_length))
 
 
 def apply_peft(model: nn.Module, train_config: TrainConfig) -> nn.Module:
@@ -206,7 +211,7 @@ def apply_peft(model: nn.Module, train_config: TrainConfig) -> nn.Module:
                 f"config: lora_targets must be modules of the model, got {targets!r} ({reason(error)})"
             ) from error
     elif train_config.method == "head":
-        body = getattr(model, model.base_model_prefix, model)
+        body = getattr(model, str(model.base_model_prefix), model)
         body.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
@@ -239,7 +244,9 @@ def flops_per_token(model: nn.Module, method: str) -> int:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars, reports and announced changes of the libraries that load and save; what they raise stays."""
+    """Without the progress bars, reports and announced changes of the libraries that load and save. What they raise
+    stays.
+    """
     import datasets
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging

@@ -10,8 +10,8 @@ def plot_run(
     path: Path,
     title: str,
     metric: str,
-    train: tuple[Sequence[float], Sequence[float]],
-    evaluated: tuple[Sequence[int], Sequence[float], Sequence[float]],
+    train: Sequence[Sequence[float]],
+    evaluated: Sequence[Sequence[float]],
 ) -> None:
     """Writes a PNG of two panels.
 

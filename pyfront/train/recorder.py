@@ -1,4 +1,4 @@
-"""The Trainer of `fusetune finetune`: it keeps loss and metric of every step, shows progress, and stops well on Ctrl-C."""
+"""The Trainer of `fusetune finetune`: loss and metric of every step, progress, and Ctrl-C that leaves a checkpoint."""
 
 from __future__ import annotations
 
@@ -63,18 +63,28 @@ class RecordingTrainer(Trainer):
         super().log(logs, start_time)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        result: Any = super().prediction_step(model, inputs, *args, **kwargs)
+        loss, logits, labels = result
         if self.classify:
             self.eval_steps.append((float(loss), accuracy(_classes(logits, labels), labels), len(labels)))
         else:
             items = int((inputs["labels"][..., 1:] != -100).sum())
             self.eval_steps.append((float(loss), perplexity(float(loss)), items))
-        return loss, logits, labels
+        return result
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         self.eval_steps = []
         with torch.random.fork_rng(devices=[]):  # its DataLoader draws a seed: training must not depend on evaluations
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output: Any = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         mean = sum(loss * items for loss, _, items in self.eval_steps) / max(1, sum(n for *_, n in self.eval_steps))
         output.metrics[f"{metric_key_prefix}_loss"] = mean  # over items; transformers' is over batches
         if not self.classify:
@@ -89,8 +99,8 @@ class RecordingTrainer(Trainer):
 
 def _classes(logits: Any, labels: Any) -> torch.Tensor:
     """The class with the largest logit; some models give a tuple of which the first are the logits."""
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return logits if logits.dim() == 1 else logits.argmax(-1)
+    first: torch.Tensor = logits[0] if isinstance(logits, tuple) else logits
+    return first.argmax(-1)
 
 
 def _classifier_metrics(prediction: transformers.EvalPrediction) -> dict[str, float]:
@@ -104,14 +114,14 @@ class Progress(TrainerCallback):
     Attributes:
         seconds, tokens: spent and seen in training steps, without evaluation and checkpoints.
         epoch_times: seconds of each epoch's training steps.
-        evaluations: (step, metrics) of each evaluation.
+        evaluated: the step after which the model was evaluated last.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.tokens = 0
         self.epoch_times: list[float] = []
-        self.evaluations: list[tuple[int, dict[str, float]]] = []
+        self.evaluated: int | None = None
         self._bar: Any = None
         self._start = self._epoch_start = 0.0
         self._first_token = 0
@@ -141,12 +151,11 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         self._loss = (logs or {}).get("loss", self._loss)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        self.evaluations.append((state.global_step, dict(metrics)))
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.evaluated = state.global_step
         if self._bar is not None:
-            tqdm.write(
-                f"epoch {state.epoch:.4g}, step {state.global_step}: training loss {self._loss:.4f}, {describe(metrics)}"
-            )
+            found = f"training loss {self._loss:.4f}, {describe(kwargs['metrics'])}"
+            tqdm.write(f"epoch {state.epoch:.4g}, step {state.global_step}: {found}")
 
     def close(self) -> None:
         if self._bar is not None:
@@ -173,6 +182,7 @@ class StopOnInterrupt(TrainerCallback):
 
     def __init__(self) -> None:
         self.interrupted = False
+        self._stopping = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -196,7 +206,8 @@ class StopOnInterrupt(TrainerCallback):
         if self.interrupted:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
+            self._stopping = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.interrupted:
+        if self._stopping:  # on_step_end has asked for the checkpoint
             control.should_evaluate = control.should_save = False

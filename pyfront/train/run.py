@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 # Settings in which a resumed run may differ: they decide neither its data nor its arithmetic up to the checkpoint.
 MAY_CHANGE = {
-    "compare", "device", "eval_batch_size", "max_steps", "num_epochs", "output_dir", "overwrite", "resume_from_checkpoint"
+    "compare", "device", "eval_batch_size", "max_steps", "num_epochs", "output_dir", "overwrite",
+    "resume_from_checkpoint", "save_steps",
 }  # fmt: skip
 
 
@@ -99,10 +100,10 @@ def _run(config: TrainConfig) -> dict[str, Any]:
         notes.append(f"{train.cut:,} of {len(train):,} texts are longer than {config.max_length} tokens and were cut")
     for note in notes:
         print(f"note      {note}")
-    model = models.apply_peft(model, config)
+    prepared = models.apply_peft(model, config)
 
     trainer = RecordingTrainer(
-        model,
+        prepared,
         _training_arguments(config, output, device, dtype),
         data_collator=_collator(config, tokenizer),
         train_dataset=train,
@@ -114,7 +115,7 @@ def _run(config: TrainConfig) -> dict[str, Any]:
     )
     if importlib.util.find_spec("tensorboard"):
         from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations import TensorBoardCallback
+        from transformers.integrations.integration_utils import TensorBoardCallback
 
         trainer.add_callback(TensorBoardCallback(SummaryWriter(str(output / "runs"))))
     if trainer.patch_report is not None:
@@ -125,6 +126,8 @@ def _run(config: TrainConfig) -> dict[str, Any]:
         for old in output.glob("checkpoint-*"):  # there are some only under --overwrite
             shutil.rmtree(old)
     progress = _train(trainer, resume, output)
+    if progress.evaluated != trainer.state.global_step:  # resumed from a run that had only its evaluation before it
+        trainer.evaluate()
     result = _results(trainer, progress, before)
     print(f"after     {describe(result['after'])}")
     if demo:
@@ -134,17 +137,16 @@ def _run(config: TrainConfig) -> dict[str, Any]:
     if config.patch:
         from fusetune.patching import unpatch
 
-        unpatch(model)
+        unpatch(prepared)
     if use_cache is not None:
         model.config.use_cache = use_cache
-    result["model_dir"] = _save_model(model, tokenizer, texts.names, output)
-    result.update(_speed(config, model, progress, device, dtype))
+    result["model_dir"] = _save_model(prepared, tokenizer, texts.names, output)
+    result.update(_speed(config, prepared, progress, device, dtype))
     if config.compare:
         from fusetune.train.compare import compare_steps
 
         batches = list(itertools.islice(trainer.get_train_dataloader(), 6))
-        if len(batches) > 1:
-            result["compare"] = compare_steps(model, batches, device, dtype, config.max_grad_norm)
+        result["compare"] = compare_steps(prepared, (6 * batches)[:6], device, dtype, config.max_grad_norm)
     _print_summary(result)
     result["metrics_filename"] = str(output / "metrics.json")
     _write_json(output / "metrics.json", result)
@@ -174,8 +176,8 @@ def _find_checkpoint(config: TrainConfig, output: Path) -> str | None:
     if asked is None:
         if last and not config.overwrite:
             raise UserError(
-                f"output_dir: {output} holds {Path(last).name} of an earlier run; continue that with --resume, start over"
-                " with --overwrite, or choose another --output-dir"
+                f"output_dir: {output} holds {Path(last).name} of an earlier run; continue that with --resume, start"
+                " over with --overwrite, or choose another --output-dir"
             )
         return None
     if asked == "last" and last is None:
@@ -197,7 +199,7 @@ def _set_defaults(config: TrainConfig) -> None:
     config.lr = config.lr or rates[config.method]
     config.num_epochs = config.num_epochs or (1 if demo and not new_model else 3)
     config.train_batch_size = config.train_batch_size or 16
-    config.lora_alpha = config.lora_alpha or 2.0 * config.lora_r
+    config.lora_alpha = config.lora_alpha or 2 * config.lora_r
 
 
 def _load_texts(config: TrainConfig) -> Texts:
@@ -233,7 +235,7 @@ def _collator(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def _write_config(config: TrainConfig, output: Path, resume: str | None) -> None:
-    """Writes the settings in force; where a resumed run's result depends on them, they must be those of its first part."""
+    """Writes the settings in force. Those on which a resumed run's result depends must be as in its first part."""
     settings = dataclasses.asdict(config)
     saved = Path(resume).parent / "config.json" if resume else None
     if saved and saved.is_file():
@@ -382,12 +384,14 @@ def _speed(
 
 def _print_summary(result: dict[str, Any]) -> None:
     print(
-        f"speed     {result['train_seconds']:.0f} s for {result['global_step']} steps, {result['tokens_per_second']:,.0f}"
-        f" tokens/s, MFU {100 * result['mfu']:.0f} %, peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB"
+        f"speed     {result['train_seconds']:.0f} s for {result['global_step']} steps,"
+        f" {result['tokens_per_second']:,.0f} tokens/s, MFU {100 * result['mfu']:.0f} %,"
+        f" peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB"
     )
     if compare := result["compare"]:
+        stock, ours = (1e3 * compare[f"{name}_seconds"] for name in ("stock", "fusetune"))
         print(
-            f"          stock step {1e3 * compare['stock_seconds']:.0f} ms, ours {1e3 * compare['fusetune_seconds']:.0f} ms:"
+            f"          stock step {stock:.0f} ms, ours {ours:.0f} ms:"
             f" {compare['speedup']:.2f} x (median of {compare['pairs']} pairs);"
             f" loss {compare['stock_loss']:.6f} and {compare['fusetune_loss']:.6f},"
             f" gradient norm {compare['stock_grad_norm']:.5f} and {compare['fusetune_grad_norm']:.5f}"
@@ -395,8 +399,8 @@ def _print_summary(result: dict[str, Any]) -> None:
 
 
 def _save_model(model: Any, tokenizer: PreTrainedTokenizerBase, names: list[str], output: Path) -> str:
-    """Writes the `model` folder. A classifier's adapter comes with `labels.json`, the names of its classes: transformers
-    would take a folder with a config.json for a whole model.
+    """Writes the `model` folder. A classifier's adapter comes with `labels.json`, the names of its classes:
+    transformers would take a folder with a config.json for a whole model.
     """
     try:
         with replacing_folder(output / "model") as folder:
@@ -426,13 +430,11 @@ def _plot(trainer: RecordingTrainer, result: dict[str, Any], path: Path) -> None
     from fusetune.train.plots import plot_run
 
     metric = result["metric"]
-    log = [(0, result["before"])]
-    log += [(entry["step"], entry) for entry in trainer.state.log_history if "eval_loss" in entry]
-    evaluated = ([step for step, _ in log], *([e[f"eval_{name}"] for _, e in log] for name in ("loss", metric)))
+    log = [result["before"] | {"step": 0}, *(entry for entry in trainer.state.log_history if "eval_loss" in entry)]
+    evaluated = [[entry[name] for entry in log] for name in ("step", "eval_loss", f"eval_{metric}")]
+    trained = (result["train_step_loss"], result["train_step_metric"])
     try:
         with replacing_file(path) as partial:
-            plot_run(
-                partial, "fine-tuning", metric, (result["train_step_loss"], result["train_step_metric"]), evaluated
-            )
+            plot_run(partial, "fine-tuning", metric, trained, evaluated)
     except OSError as error:
         raise UserError(f"output_dir: {path} must be written, got {error}") from error

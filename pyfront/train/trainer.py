@@ -37,9 +37,7 @@ class Trainer(transformers.Trainer):
     def __init__(self, *args: Any, patch: bool = True, **kwargs: Any) -> None:
         self._patch = patch
         self._staging: Path | None = None  # stands for the output folder while a checkpoint is written
-        self._divides_by_items: bool | None = (
-            None  # does the model's loss honour num_items_in_batch; None: not measured
-        )
+        self._divides_by_items: bool | None = None  # whether the loss honours num_items_in_batch; None: not measured
         self.patch_report: Any = None
         super().__init__(*args, **kwargs)
         if self.model_init is None:
@@ -47,10 +45,8 @@ class Trainer(transformers.Trainer):
         no_optimizer = self.optimizer is None and self.optimizer_cls_and_kwargs is None
         if patch and no_optimizer and self.args.optim in _ADAMW:
             betas = (self.args.adam_beta1, self.args.adam_beta2)
-            self.optimizer_cls_and_kwargs = (
-                AdamW,
-                {"lr": self.args.learning_rate, "betas": betas, "eps": self.args.adam_epsilon},
-            )
+            settings = {"lr": self.args.learning_rate, "betas": betas, "eps": self.args.adam_epsilon}
+            self.optimizer_cls_and_kwargs = (AdamW, settings)
 
     def _patch_model(self, model: nn.Module) -> None:
         if self._patch:
@@ -83,7 +79,7 @@ class Trainer(transformers.Trainer):
         weight = None
         if num_items_in_batch is not None and self.compute_loss_func is None and self.args.n_gpu <= 1:
             items = self._count_items(inputs)
-            if self._divides_by_items is None and model.training and self._passes() > 1:
+            if self._divides_by_items is None and model.training and self._passes() > 1 and items > 0:
                 self._divides_by_items = self._measure_loss(model, inputs, items)
             if self._divides_by_items is False:
                 weight = items / num_items_in_batch
@@ -105,7 +101,8 @@ class Trainer(transformers.Trainer):
             labels = inputs["shift_labels"]
         else:
             labels = inputs["labels"][..., 1:] if self._loss_shifts_labels else inputs["labels"]
-        return labels.ne(-100).sum()
+        count: Tensor = labels.ne(-100).sum()
+        return count
 
     def _measure_loss(self, model: nn.Module, inputs: dict[str, Any], items: Tensor) -> bool:
         """Whether the loss halves when `num_items_in_batch` doubles; without dropout, so that nothing else moves it.
@@ -114,19 +111,20 @@ class Trainer(transformers.Trainer):
         """
         model.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
-            once, twice = (
+            losses: list[Any] = [
                 super(Trainer, self).compute_loss(model, dict(inputs), num_items_in_batch=n) for n in (items, 2 * items)
-            )
+            ]
         model.train()
-        return bool((once - twice).abs() > 0.1 * once.abs())
+        once, twice = map(float, losses)
+        return abs(once - twice) > 0.1 * abs(once)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or super()._get_output_dir(trial))
 
     def last_checkpoint(self) -> str:
         """Says which checkpoint a new run can resume from."""
-        folder = Path(self.args.output_dir)
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        folder = str(self.args.output_dir)
+        last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
         return f"the last checkpoint is {last}" if last else "no checkpoint was saved before"
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -135,7 +133,7 @@ class Trainer(transformers.Trainer):
         run = Path(self._get_output_dir(trial))
         checkpoint = run / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         staging = run / ".partial"
-        if not all(bool(p.isfinite().all()) for p in self.model.parameters() if p.requires_grad):
+        if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
             raise FloatingPointError(
                 f"training: weights must be finite, got nan or inf after step {step};"
                 f" {self.last_checkpoint()}; try a lower learning rate"
@@ -150,13 +148,12 @@ class Trainer(transformers.Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 move_into_place(staging / checkpoint.name, checkpoint)
-                rotate_checkpoints(
-                    str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-                )
+                best = self.state.best_model_checkpoint
+                rotate_checkpoints(str(run), self.args.save_total_limit, best, use_mtime=True)
         except Exception as error:  # torch and safetensors have their own types for a full disk
             raise OSError(
-                f"training: the checkpoint of step {step} must be written to {run}, got {type(error).__name__}: {error};"
-                f" {self.last_checkpoint()}"
+                f"training: the checkpoint of step {step} must be written to {run},"
+                f" got {type(error).__name__}: {error}; {self.last_checkpoint()}"
             ) from error
         finally:
             self._staging = None
