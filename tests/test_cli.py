@@ -60,15 +60,22 @@ def refused(outcome, *parts, code=1):
 
 
 def test_flags_yaml_and_json_are_the_same_run(run, tmp_path):
-    settings = {
-        "learning_rate": 2e-3,
-        "batch_size": 8,
-        "method": "full",
-        "packing": False,
-        "lora_targets": ["query"],
-        "seed": 3,
-    }
-    flags = ["--learning-rate", "2e-3", "--batch_size", "8", "--method", "full", "--packing", "false", "--lora-targets", "query", "--seed", "3"]
+    flags = [
+        "--learning-rate",
+        "2e-3",
+        "--batch_size",
+        "8",
+        "--method",
+        "full",
+        "--packing",
+        "false",
+        "--lora-targets",
+        "query",
+        "--seed",
+        "3",
+    ]
+    settings = {"learning_rate": 2e-3, "batch_size": 8, "method": "full", "packing": False, "seed": 3}
+    settings["lora_targets"] = ["query"]
     (tmp_path / "a.json").write_text(json.dumps(settings))
     (tmp_path / "a.yaml").write_text(
         "learning_rate: 2e-3\nbatch_size: 8\nmethod: full\npacking: no\nlora_targets: [query]\nseed: 3\n"
@@ -242,7 +249,9 @@ def test_bad_labels(run, tmp_path):
         return tiny.write_csv(tmp_path / "a.csv", [("some text", label) for label in labels])
 
     refused(
-        run("--num-labels", "3", dataset=rows(*[0, 1, 2, 7] * 5)), "label must be", "(0 to 2), got 7 in row", "'label'"
+        run("--num-labels", "3", dataset=rows(*[0, 1, 2] * 5, 7)),
+        "(0 to 2), got 7 in row 16 of",
+        "a.csv, column 'label'",
     )
     refused(run("--num-labels", "3", dataset=rows(*[0, 1, -1] * 5)), "got -1 in row")
     refused(run(dataset=rows(*["x"] * 5)), "must hold at least 2 different labels, got 1")
@@ -250,7 +259,7 @@ def test_bad_labels(run, tmp_path):
     refused(run(dataset=rows(*[0.5, 1.5] * 5)), "must hold integers or strings")
     train = tiny.write_csv(tmp_path / "train.csv", [("a", "x"), ("b", "y")])
     held = tiny.write_csv(tmp_path / "held.csv", [("c", "z")])
-    refused(run("--eval-dataset", held, dataset=train), "(x, y), got 'z' in row 0 of the evaluation data")
+    refused(run("--eval-dataset", held, dataset=train), "(x, y), got 'z' in row 1 of", "held.csv, column 'label'")
 
 
 def test_no_text_at_all(run, tmp_path):
@@ -285,23 +294,11 @@ def test_loss_that_is_not_finite(run):
 
 
 def test_interrupt_saves_and_says_how_to_resume(bert, table, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "fusetune",
-        "finetune",
-        "--model",
-        bert,
-        "--dataset",
-        table,
-        "--output-dir",
-        tmp_path / "o",
-    ]
-    command += ["--max-steps", "100000", "--save-steps", "100000", "--device", "cpu"]
+    command = [sys.executable, "-m", "fusetune", "finetune", "--model", str(bert), "--dataset", str(table)]
+    command += ["--output-dir", str(tmp_path / "o"), "--max-steps", "100000", "--save-steps", "100000"]
+    command += ["--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         for line in process.stdout:
             if line.startswith("epoch"):
@@ -319,10 +316,8 @@ def test_interrupt_saves_and_says_how_to_resume(bert, table, tmp_path):
     (checkpoint,) = (tmp_path / "o").glob("checkpoint-*")
     step = int(checkpoint.name.partition("-")[2])
     assert f"continue with: fusetune finetune --config {tmp_path / 'o' / 'config.json'} --resume" in last
-    assert (
-        main(["finetune", "--config", str(tmp_path / "o" / "config.json"), "--resume", "--max-steps", str(step + 2)])
-        == 0
-    )
+    config = str(tmp_path / "o" / "config.json")
+    assert main(["finetune", "--config", config, "--resume", "--max-steps", str(step + 2)]) == 0
     assert len(json.loads((tmp_path / "o" / "metrics.json").read_text())["train_step_loss"]) == step + 2
 
 

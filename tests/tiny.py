@@ -1,8 +1,9 @@
-"""Models and data so small that a test trains them in a second; nothing is downloaded."""
+"""Models and data so small that a test trains them in a second, and a full disk; nothing is downloaded."""
 
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import random
 from pathlib import Path
@@ -100,3 +101,22 @@ def _save(model, config, folder: Path) -> Path:
         model(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def files(folder):
+    """What a folder holds: {path: bytes}."""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def full_disk(original, allowed):
+    """A function that writes half a file and then fails as on a full disk, from its call number `allowed` on."""
+    calls = []
+
+    def write(data, path, *args, **kwargs):
+        calls.append(path)
+        if len(calls) <= allowed:
+            return original(data, path, *args, **kwargs)
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    return write

@@ -84,6 +84,8 @@ def _load_splits(config: TrainConfig) -> tuple[Dataset, Dataset]:
     for rows, name in ((train, config.dataset), (evaluation, config.eval_dataset or config.dataset)):
         if not len(rows):
             raise UserError(f"data: {name} must have rows, got none")
+    if evaluation is train and len(train) < 2:
+        raise UserError(f"data: {config.dataset} must have 2 rows or more, to evaluate on a part of them, got 1")
     return train, evaluation
 
 
@@ -96,10 +98,6 @@ def _choose_rows(config: TrainConfig, train: Dataset, evaluation: Dataset) -> tu
     draw = random.Random(config.seed)
     if evaluation is train:
         count = len(train)
-        if count < 2:
-            raise UserError(
-                f"data: {config.dataset} must have 2 rows or more, to evaluate on a part of them, got {count}"
-            )
         size = min(max(1, round(config.eval_fraction * count)), count - 1)
         held = set(draw.sample(range(count), size))
         rows = [row for row in range(count) if row not in held], sorted(held)
