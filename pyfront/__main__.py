@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a disk that fills up, or a file that is not for us to read or write
+        print(f"fusetune: {error}", file=sys.stderr)
+        return 1
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -51,23 +54,30 @@ def _dispatch(arguments: list[str]) -> int:
         from fusetune.info import main as info
 
         return int(info(arguments[1:]) or 0)
-    parser = _Parser("fusetune", description="Compiled kernels for fine-tuning Hugging Face models.")
+    parser = _Parser(
+        "fusetune", allow_abbrev=False, description="Compiled kernels for fine-tuning Hugging Face models."
+    )
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
-    parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
+    parsers = {
+        name: commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        for name, text in COMMANDS.items()
+    }
     _add_finetune_options(parsers["finetune"])
     for name, what in (("predict", "TEXT"), ("generate", "PROMPT")):
         parsers[name].add_argument("folder", help="output_dir of a training, or a folder with a model")
         parsers[name].add_argument("texts", nargs="*", metavar=what, help="without any, the lines of standard input")
-    parsers["generate"].add_argument("--max-new-tokens", type=int, default=50, help="length of a continuation")
+    parsers["generate"].add_argument(
+        "--max-new-tokens", type=int, default=50, metavar="N", help="length of a continuation in tokens [50]"
+    )
     parsers["merge"].add_argument("folder", help="output_dir of a training, or a folder with an adapter")
     parsers["merge"].add_argument("output", help="folder to make")
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        flags = list(parsers[options.command]._option_string_actions) if options.command else []
-        close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+        asked = parsers.get(options.command, parser)
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], asked._option_string_actions, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"fusetune {options.command}: unknown argument {unknown[0]}{hint}", exit_code=2)
+        raise UserError(f"{asked.prog}: unknown argument {unknown[0]}{hint}", exit_code=2)
     if options.version:
         from fusetune import __version__
 
@@ -129,6 +139,8 @@ def _predict(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from fusetune.train.predict import generate
 
+    if options.max_new_tokens < 1:
+        raise UserError(f"generate: max_new_tokens must be > 0, got {options.max_new_tokens}", exit_code=2)
     for text in generate(options.folder, _texts(options), options.max_new_tokens):
         print(text)
 

@@ -60,20 +60,8 @@ def refused(outcome, *parts, code=1):
 
 
 def test_flags_yaml_and_json_are_the_same_run(run, tmp_path):
-    flags = [
-        "--learning-rate",
-        "2e-3",
-        "--batch_size",
-        "8",
-        "--method",
-        "full",
-        "--packing",
-        "false",
-        "--lora-targets",
-        "query",
-        "--seed",
-        "3",
-    ]
+    flags = ["--learning-rate=2e-3", "--batch_size=8", "--method", "full", "--packing=false", "--lora-targets=query"]
+    flags += ["--seed", "3"]
     settings = {"learning_rate": 2e-3, "batch_size": 8, "method": "full", "packing": False, "seed": 3}
     settings["lora_targets"] = ["query"]
     (tmp_path / "a.json").write_text(json.dumps(settings))
@@ -126,8 +114,13 @@ def test_bad_flags(run, capfd):
     refused(run("--task", "translation"), "task must be one of", "got 'translation'")
     refused(run("--lr-scheduler", "zigzag"), "config: ", "zigzag")
     refused(run("--lora-targets", "q_proj"), "lora_targets must be modules of the model, got 'q_proj'")
-    code = main(["finetun"])
-    refused((code, capfd.readouterr().err), "finetun", code=2)
+    refused(run("--learning", "1"), "unknown argument --learning", code=2)
+    for arguments, part in (
+        (["finetun"], "finetun"),
+        (["--versio"], "fusetune: unknown argument --versio; did you mean --version?"),
+        (["generate", "folder", "text", "--max-new-tokens", "0"], "max_new_tokens must be > 0, got 0"),
+    ):
+        refused((main(arguments), capfd.readouterr().err), part, code=2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -152,6 +145,17 @@ def test_version_and_no_command(capfd):
     assert capfd.readouterr().out.strip() == fusetune.__version__
     assert main([]) == 0
     assert "finetune" in capfd.readouterr().out
+
+
+def test_packages_that_are_not_installed(run, monkeypatch, capfd):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
+    message = "peft must be installed; `pip install 'fusetune[train]'` does that"
+    refused(run(), message)
+    for arguments in (["predict", "o", "text"], ["generate", "o", "text"], ["merge", "o", "p"]):
+        refused((main(arguments), capfd.readouterr().err), message)
 
 
 # Models
@@ -281,6 +285,16 @@ def test_output_that_cannot_be_written(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tempfile, "TemporaryFile", denied)
     refused(run(), "must be a folder to write to (Permission denied)")
+
+
+def test_other_failures_of_the_disk(run, monkeypatch):
+    from torch.utils import tensorboard
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "runs")
+
+    monkeypatch.setattr(tensorboard, "SummaryWriter", full)
+    refused(run(), "No space left on device: 'runs'")
 
 
 def test_earlier_run_is_not_replaced_unasked(run):

@@ -8,8 +8,8 @@ import pytest
 import tiny
 import torch
 
-from fusetune.finetune import TrainConfig
-from fusetune.train.data import load_texts
+from fusetune.finetune import TrainConfig, UserError
+from fusetune.train.data import load_texts, tokenize_running
 
 # Data
 
@@ -55,6 +55,69 @@ def test_separate_evaluation_file(tmp_path):
     held = tiny.write_csv(tmp_path / "held.csv", [("d", "y")])
     texts = load(train, eval_dataset=str(held))
     assert (len(texts.train), texts.evaluation, texts.eval_labels) == (3, [("d",)], [1])
+
+
+def test_splits_of_a_folder(tmp_path):
+    import datasets
+
+    def part(*texts):
+        return datasets.Dataset.from_dict({"text": texts, "label": [len(text) % 2 for text in texts]})
+
+    parts = {"train": part("a", "bb"), "test": part("c"), "validation": part("dd")}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "all")
+    assert load(tmp_path / "all").evaluation == [("dd",)]
+    datasets.DatasetDict(parts | {"train": part("e", "ff")}).save_to_disk(tmp_path / "other")
+    assert load(tmp_path / "other", eval_dataset=str(tmp_path / "all")).evaluation == [("dd",)]
+    del parts["train"]
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "no-train")
+    texts = load(tmp_path / "no-train", num_labels=2)
+    assert {*texts.train, *texts.evaluation} == {("c",), ("dd",)}
+    (tmp_path / "files").mkdir()
+    part("g", "hh").to_parquet(tmp_path / "files" / "test.parquet")
+    texts = load(tmp_path / "files")
+    assert {*texts.train, *texts.evaluation} == {("g",), ("hh",)}
+    part("g", "hh").select([]).to_parquet(tmp_path / "files" / "train.parquet")
+    with pytest.raises(UserError, match="files cannot be read .*no data"):
+        load(tmp_path / "files")
+
+
+def test_a_class_may_be_in_the_evaluation_rows_alone(tmp_path):
+    path = tiny.write_csv(tmp_path / "a.csv", [(f"text {i}", str(i)) for i in range(10)])
+    texts = load(path, eval_fraction=0.3, max_train_samples=2)
+    assert texts.names == [str(i) for i in range(10)]
+    for part, labels in ((texts.train, texts.train_labels), (texts.evaluation, texts.eval_labels)):
+        assert [f"text {label}" for label in labels] == [text for (text,) in part]
+    assert (len(texts.train), len(texts.evaluation)) == (2, 3)
+
+
+def test_columns_that_are_asked_for(tmp_path):
+    header = ("premise", "hypothesis", "text", "label")
+    path = tiny.write_csv(tmp_path / "a.csv", [("p", "h", "t", "x"), ("p", "h", "t", "y")] * 3, header)
+    assert load(path).train[0] == ("p", "h")
+    assert load(path, text_pair_column="hypothesis").train[0] == ("t", "h")
+    assert load(path, text_column="premise").train[0] == ("p",)
+    assert load(path, label_column="text", text_column="hypothesis", num_labels=None, task="causal-lm").names == []
+    with pytest.raises(UserError, match="text_pair_column must be left out for causal-lm"):
+        load(path, text_pair_column="hypothesis", task="causal-lm")
+
+
+def test_tokens_of_a_causal_lm():
+    tokenizer = tiny.tokenizer()
+    texts = [("cat dog",), ("rose",), ("iron gold tin",)]
+    encoded = [[*ids, tokenizer.eos_token_id] for ids in tokenizer([text for (text,) in texts])["input_ids"]]
+    joined = [token for ids in encoded for token in ids]
+    packed = tokenize_running(tokenizer, texts, packing=True, max_length=4)
+    assert [row["input_ids"] for row in packed.rows] == [joined[i : i + 4] for i in range(0, len(joined) - 3, 4)]
+    rows = tokenize_running(tokenizer, texts, packing=False, max_length=4)
+    assert [row["labels"] for row in rows.rows] == [ids[:4] for ids in encoded]
+    assert rows.cut == sum(len(ids) > 4 for ids in encoded)
+    tokenizer.backend_tokenizer.post_processor = None  # as a tokenizer that adds nothing
+    tokenizer.eos_token = None
+    rows = tokenize_running(tokenizer, texts, packing=False, max_length=4)
+    assert [len(row["labels"]) for row in rows.rows] == [2, 3]
+    for packing in (False, True):
+        with pytest.raises(UserError, match="must have 2 tokens or more"):
+            tokenize_running(tokenizer, [("rose",)], packing=packing, max_length=4)
 
 
 def test_batches_of_similar_length_depend_on_seed_and_epoch_only():

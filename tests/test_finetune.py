@@ -229,6 +229,31 @@ def test_interrupt_saves_and_resumes_exactly(job, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_resume_at_the_last_step(job, tmp_path, monkeypatch, method):
+    from fusetune.train.recorder import Progress
+
+    original = Progress.on_step_begin
+
+    def press(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            signal.raise_signal(signal.SIGINT)
+        original(self, args, state, control, **kwargs)
+
+    settings = job | {"method": method, "max_steps": 5}
+    monkeypatch.setattr(Progress, "on_step_begin", press)
+    with pytest.raises(UserError, match=r"interrupted; .*checkpoint-5"):
+        main(**settings)
+    monkeypatch.undo()
+    straight = main(**settings | {"output_dir": str(tmp_path / "straight")})
+    for _ in range(2):  # the second resumes a run that is complete
+        resumed = main(**settings, resume=True)
+        assert resumed["global_step"] == 5
+        assert resumed["train_step_loss"] == pytest.approx(straight["train_step_loss"], abs=1e-6)
+        assert resumed["eval_step_loss"] == pytest.approx(straight["eval_step_loss"], abs=1e-6)
+        assert resumed["after"]["eval_loss"] == pytest.approx(straight["after"]["eval_loss"], abs=1e-6)
+
+
 def test_keyboard_interrupt_names_the_last_checkpoint(job, monkeypatch):
     from fusetune.train.recorder import Progress
 
@@ -256,23 +281,45 @@ def test_resume_wants_the_same_settings_and_a_checkpoint(job, tmp_path):
     assert [p.name for p in Path(job["output_dir"]).glob("checkpoint-*")] == ["checkpoint-1"]
 
 
+def test_a_model_in_the_output_folder_is_not_replaced(job, bert, tmp_path):
+    import shutil
+
+    shutil.copytree(bert, tmp_path / "out" / "model")
+    good = tiny.files(tmp_path / "out" / "model")
+    with pytest.raises(UserError, match=r"holds model of an earlier run"):
+        main(**job)
+    with pytest.raises(UserError, match=r"must be another folder"):
+        main(**job | {"model": str(tmp_path / "out" / "model")}, overwrite=True)
+    assert tiny.files(tmp_path / "out" / "model") == good
+
+
 # What goes wrong on the way
 
 
-def test_loss_that_is_not_finite_stops(job, monkeypatch):
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_loss_that_is_not_finite_stops(job, monkeypatch, bad):
     original = fusetune.Trainer.compute_loss
 
     def spoil(self, model, *args, **kwargs):
         loss, outputs = original(self, model, *args, **kwargs)
-        return loss * (math.nan if model.training and self.state.global_step == 7 else 1), outputs
+        return loss * (bad if model.training and self.state.global_step == 7 else 1), outputs
 
     monkeypatch.setattr(fusetune.Trainer, "compute_loss", spoil)
     with pytest.raises(
-        UserError, match=r"loss must be finite, got nan at step 8; the last checkpoint is .*checkpoint-5"
+        UserError, match=rf"loss must be finite, got {bad} at step 8; the last checkpoint is .*checkpoint-5"
     ):
         main(**job, save_steps=5)
     monkeypatch.undo()
     assert main(**job, save_steps=5, resume=True)["global_step"] == 12
+
+
+def test_out_of_memory(job, monkeypatch):
+    def exhausted(*args, **kwargs):
+        raise torch.OutOfMemoryError("Tried to allocate 1 TiB")
+
+    monkeypatch.setattr(fusetune.Trainer, "compute_loss", exhausted)
+    with pytest.raises(UserError, match="Tried to allocate 1 TiB; try a smaller --batch-size"):
+        main(**job)
 
 
 def test_weights_that_are_not_finite_are_not_saved(job, monkeypatch):
@@ -381,6 +428,8 @@ def test_generate_and_merge_a_causal_lm(llama, tmp_path):
     assert tokenizer.decode(tokens[0], skip_special_tokens=True) == continued
     with pytest.raises(UserError, match="must not exist yet"):
         merge(tmp_path / "out", tmp_path / "merged")
+    with pytest.raises(UserError, match=r"at most 32 tokens, the model's positions, got \d+ and 30"):
+        list(generate(tmp_path / "out", ["cat dog horse"], max_new_tokens=30))
 
 
 # The default jobs

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import json
 import math
 import typing
@@ -179,6 +180,13 @@ VALUE_ALIASES = {
     "fp16": "float16",
     "fp32": "float32",
 }
+
+
+def require(*packages: str) -> None:
+    """Raises UserError where a package that training or a trained model needs is not installed."""
+    missing = [name for name in packages if not importlib.util.find_spec(name)]
+    if missing:
+        raise UserError(f"{', '.join(missing)} must be installed; `pip install 'fusetune[train]'` does that")
 
 
 def update_config(config: TrainConfig, settings: Mapping[str, Any] | None = None, **more: Any) -> TrainConfig:

@@ -77,10 +77,10 @@ def _load_splits(config: TrainConfig) -> tuple[Dataset, Dataset]:
     assert config.dataset
     splits = _load(config.dataset, config)
     train = splits["train"] if "train" in splits else next(iter(splits.values()))
-    evaluation = _evaluation_split(splits) or train
+    evaluation = _evaluation_split(splits, train)
     if config.eval_dataset:
         splits = _load(config.eval_dataset, config)
-        evaluation = _evaluation_split(splits) or next(iter(splits.values()))
+        evaluation = _evaluation_split(splits, next(iter(splits.values())))
     for rows, name in ((train, config.dataset), (evaluation, config.eval_dataset or config.dataset)):
         if not len(rows):
             raise UserError(f"data: {name} must have rows, got none")
@@ -89,8 +89,9 @@ def _load_splits(config: TrainConfig) -> tuple[Dataset, Dataset]:
     return train, evaluation
 
 
-def _evaluation_split(splits: dict[str, Dataset]) -> Dataset | None:
-    return next((splits[name] for name in EVAL_SPLITS if name in splits), None)
+def _evaluation_split(splits: dict[str, Dataset], first: Dataset) -> Dataset:
+    """The split that is meant for evaluation; `first` where there is no other."""
+    return next((splits[name] for name in EVAL_SPLITS if name in splits and splits[name] is not first), first)
 
 
 def _choose_rows(config: TrainConfig, train: Dataset, evaluation: Dataset) -> tuple[list[int], list[int]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fusetune.train.config import UserError
+from fusetune.train.config import UserError, require
 from fusetune.train.files import replacing_folder
 
 
@@ -22,10 +22,13 @@ def predict(folder: str | Path, texts: Sequence[str], batch_size: int = 32) -> I
     Raises:
         UserError: there is no classifier that can be loaded.
     """
+    require("transformers", "peft")
     import torch
 
+    from fusetune.train.model import count_positions
+
     model, tokenizer = load_trained(folder, "SequenceClassification")
-    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 1 << 30)
+    limit = count_positions(model.config, tokenizer)
     for start in range(0, len(texts), batch_size):
         batch = tokenizer(
             list(texts[start : start + batch_size]),
@@ -44,14 +47,24 @@ def generate(folder: str | Path, prompts: Sequence[str], max_new_tokens: int = 5
     """Each prompt with its most probable continuation, by the causal LM in `folder`.
 
     Raises:
-        UserError: there is no causal LM that can be loaded.
+        UserError: there is no causal LM that can be loaded, or it has too few positions for a prompt and what follows.
     """
+    require("transformers", "peft")
     import torch
 
+    from fusetune.train.model import count_positions
+
     model, tokenizer = load_trained(folder, "CausalLM")
+    limit = count_positions(model.config, tokenizer)
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
         inputs.pop("token_type_ids", None)
+        length = inputs["input_ids"].shape[1]
+        if length + max_new_tokens > limit:
+            raise UserError(
+                f"generate: prompt and continuation must have at most {limit} tokens, the model's positions, got"
+                f" {length} and {max_new_tokens}; use --max-new-tokens"
+            )
         with torch.inference_mode():
             tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         yield tokenizer.decode(tokens[0], skip_special_tokens=True)
@@ -63,6 +76,7 @@ def merge(folder: str | Path, output: str | Path) -> None:
     Raises:
         UserError: there is no adapter that can be loaded, or `output` exists or cannot be written.
     """
+    require("transformers", "peft")
     source, target = find_trained(folder), Path(output).expanduser()
     if not (source / "adapter_config.json").is_file():
         raise UserError(f"merge: {folder} must hold an adapter, got a full model")

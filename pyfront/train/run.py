@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusetune.train.config import TrainConfig, UserError, load_config
+from fusetune.train.config import TrainConfig, UserError, load_config, require
 from fusetune.train.files import replacing_file, replacing_folder
 
 if TYPE_CHECKING:
@@ -59,16 +59,17 @@ def main(train_config: TrainConfig | None = None, **settings: Any) -> dict[str, 
         UserError: something is wrong with the settings, the data, the model or the disk, the loss is not finite, or
             Ctrl-C was pressed; one line says what to do.
     """
-    missing = [
-        name for name in ("transformers", "peft", "accelerate", "datasets") if not importlib.util.find_spec(name)
-    ]
-    if missing:
-        raise UserError(f"finetune: {', '.join(missing)} must be installed; `pip install 'fusetune[train]'` does that")
+    require("transformers", "peft", "accelerate", "datasets")
+    import torch
+
     from fusetune.train.model import quiet
 
     config = dataclasses.replace(train_config or TrainConfig()).update_config(settings)
-    with quiet():
-        return _run(config)
+    try:
+        with quiet():
+            return _run(config)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{error}; try a smaller --batch-size, or --gradient-checkpointing") from error
 
 
 def _run(config: TrainConfig) -> dict[str, Any]:
@@ -158,6 +159,8 @@ def _run(config: TrainConfig) -> dict[str, Any]:
 
 def _open_output(config: TrainConfig) -> Path:
     output = Path(config.output_dir).expanduser()
+    if config.model_name and Path(config.model_name).expanduser().resolve() == (output / "model").resolve():
+        raise UserError(f"output_dir: {output} must be another folder: what is trained would replace its `model`")
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):
@@ -174,9 +177,10 @@ def _find_checkpoint(config: TrainConfig, output: Path) -> str | None:
     last = get_last_checkpoint(str(output))
     asked = config.resume_from_checkpoint
     if asked is None:
-        if last and not config.overwrite:
+        earlier = last or (output / "model" if (output / "model").exists() else None)
+        if earlier and not config.overwrite:
             raise UserError(
-                f"output_dir: {output} holds {Path(last).name} of an earlier run; continue that with --resume, start"
+                f"output_dir: {output} holds {Path(earlier).name} of an earlier run; continue that with --resume, start"
                 " over with --overwrite, or choose another --output-dir"
             )
         return None
@@ -296,10 +300,18 @@ def _training_arguments(
 
 
 def _train(trainer: RecordingTrainer, resume: str | None, output: Path) -> Progress:
+    from transformers import TrainerState
+
     from fusetune.train.recorder import Progress, StopOnInterrupt
 
     progress, stop = Progress(), StopOnInterrupt()
     trainer.add_callback(progress)
+    if resume:
+        state = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json"))
+        if 0 < trainer.args.max_steps <= state.global_step:  # transformers would take one step more
+            trainer._load_from_checkpoint(resume)
+            trainer.state = state
+            return progress
     trainer.add_callback(stop)
     again = f"continue with: fusetune finetune --config {shlex.quote(str(output / 'config.json'))} --resume"
     try:
