@@ -23,7 +23,12 @@ COMMANDS = {
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}", exit_code=2)
+        raise _wrong_arguments(self, message)
+
+
+def _wrong_arguments(parser: argparse.ArgumentParser, message: str) -> UserError:
+    _, _, command = parser.prog.partition(" ")
+    return UserError(f"{command}: {message}" if command else message, exit_code=2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,12 +77,16 @@ def _dispatch(arguments: list[str]) -> int:
     )
     parsers["merge"].add_argument("folder", help="output_dir of a training, or a folder with an adapter")
     parsers["merge"].add_argument("output", help="folder to make")
+    if arguments[:1] == ["finetune"]:
+        arguments = [_with_dashes(argument) for argument in arguments]
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         asked = parsers.get(options.command, parser)
         close = difflib.get_close_matches(unknown[0].partition("=")[0], asked._option_string_actions, n=1)
+        if options.command == "finetune" and not unknown[0].startswith("-"):
+            close = [f"--dataset {unknown[0]}"]
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"{asked.prog}: unknown argument {unknown[0]}{hint}", exit_code=2)
+        raise _wrong_arguments(asked, f"unknown argument {unknown[0]}{hint}")
     if options.version:
         from fusetune import __version__
 
@@ -90,12 +99,18 @@ def _dispatch(arguments: list[str]) -> int:
     return 0
 
 
+def _with_dashes(argument: str) -> str:
+    """`--batch_size=2` as `--batch-size=2`."""
+    flag, equals, value = argument.partition("=")
+    return flag.replace("_", "-") + equals + value if argument.startswith("--") else argument
+
+
 def _add_finetune_options(parser: argparse.ArgumentParser) -> None:
-    """A flag for each field of TrainConfig, in both spellings, and for its aliases."""
+    """A flag for each field of TrainConfig and for its aliases."""
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with settings; flags come before it")
     for field in dataclasses.fields(TrainConfig):
         names = [field.name, *(alias for alias, name in ALIASES.items() if name == field.name)]
-        flags = dict.fromkeys(f"--{name.replace('_', dash)}" for name in names for dash in "-_")
+        flags = [f"--{name.replace('_', '-')}" for name in names]
         text = field.metadata["help"]
         if field.metadata["choices"]:
             text += f" ({', '.join(field.metadata['choices'])})"

@@ -1,6 +1,7 @@
 """The command line: the same settings every way, and one clear line for every mistake."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -117,6 +118,7 @@ def test_bad_flags(run, capfd):
     refused(run("--learning", "1"), "unknown argument --learning", code=2)
     for arguments, part in (
         (["finetun"], "finetun"),
+        (["finetune", "x.csv"], "finetune: unknown argument x.csv; did you mean --dataset x.csv?"),
         (["--versio"], "fusetune: unknown argument --versio; did you mean --version?"),
         (["generate", "folder", "text", "--max-new-tokens", "0"], "max_new_tokens must be > 0, got 0"),
     ):
@@ -126,6 +128,14 @@ def test_bad_flags(run, capfd):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_device_that_is_not_here(run):
     refused(run("--device", "cuda"), "device must be one that is here, got cuda")
+
+
+def test_half_precision_on_a_cpu(run, tmp_path):
+    refused(run("--device", "cpu", "--dtype", "fp16"), "dtype must be float32 or bfloat16 on a CPU, got float16")
+    assert run("--device", "cpu", "--dtype", "bf16")[0] == 0
+    result = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert 0 < result["mfu"] < 1
+    assert all(map(math.isfinite, result["train_step_loss"]))
 
 
 def test_help_is_quick_and_complete(capfd):

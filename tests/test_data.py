@@ -77,7 +77,7 @@ def test_splits_of_a_folder(tmp_path):
     texts = load(tmp_path / "files")
     assert {*texts.train, *texts.evaluation} == {("g",), ("hh",)}
     part("g", "hh").select([]).to_parquet(tmp_path / "files" / "train.parquet")
-    with pytest.raises(UserError, match="files cannot be read .*no data"):
+    with pytest.raises(UserError, match=r"files cannot be read .*no data"):
         load(tmp_path / "files")
 
 

@@ -40,6 +40,11 @@ def minilm_folder() -> str:
     return str(Path(spec.origin).parent / "model")
 
 
+def default_name(config: TrainConfig) -> str:
+    """What is trained where no model_name is given, in words."""
+    return MINILM if config.task == "sequence-classification" else "random weights"
+
+
 def find_device(config: TrainConfig) -> torch.device:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("config: device must be one that is here, got cuda; see `fusetune info`")
@@ -49,11 +54,13 @@ def find_device(config: TrainConfig) -> torch.device:
 
 def find_dtype(config: TrainConfig) -> torch.dtype:
     """The precision of the training: on a GPU that has it bfloat16, else float32, unless the user says."""
+    device = find_device(config).type
+    if config.dtype == "float16" and device == "cpu":
+        raise UserError("config: dtype must be float32 or bfloat16 on a CPU, got float16")
     if config.dtype != "auto":
         dtype: torch.dtype = getattr(torch, config.dtype)
         return dtype
-    fast = find_device(config).type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
 def load(config: TrainConfig, texts: Texts) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:

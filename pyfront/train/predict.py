@@ -77,6 +77,8 @@ def merge(folder: str | Path, output: str | Path) -> None:
         UserError: there is no adapter that can be loaded, or `output` exists or cannot be written.
     """
     require("transformers", "peft")
+    from fusetune.train.model import quiet
+
     source, target = find_trained(folder), Path(output).expanduser()
     if not (source / "adapter_config.json").is_file():
         raise UserError(f"merge: {folder} must hold an adapter, got a full model")
@@ -84,7 +86,7 @@ def merge(folder: str | Path, output: str | Path) -> None:
         raise UserError(f"merge: {output} must not exist yet")
     model, tokenizer = load_trained(folder)
     try:
-        with replacing_folder(target) as partial:
+        with quiet(), replacing_folder(target) as partial:
             model.merge_and_unload().save_pretrained(partial)
             tokenizer.save_pretrained(partial)
     except OSError as error:

@@ -94,7 +94,9 @@ def _run(config: TrainConfig) -> dict[str, Any]:
     use_cache = getattr(model.config, "use_cache", None)  # transformers' Trainer changes it
     train, evaluation = _tokenize(config, tokenizer, texts)
     _write_config(config, output, resume)
-    print(f"model     {type(model).__name__} from {config.model_name or 'the default job'}, {device}, {dtype}")
+    print(
+        f"model     {type(model).__name__} from {config.model_name or models.default_name(config)}, {device}, {dtype}"
+    )
     print(f"data      {texts.source}: {len(train):,} rows to train on, {len(evaluation):,} to evaluate on", end="")
     print(f", {len(texts.names)} classes" if classify else f" of {config.max_length} tokens")
     if train.cut:
@@ -151,7 +153,7 @@ def _run(config: TrainConfig) -> dict[str, Any]:
     _print_summary(result)
     result["metrics_filename"] = str(output / "metrics.json")
     _write_json(output / "metrics.json", result)
-    _plot(trainer, result, output / "loss.png")
+    _plot(trainer, result, f"{type(model).__name__} on {texts.source}", output / "loss.png")
     command = "predict" if classify else "generate"
     print(f'saved     {result["model_dir"]}; try: fusetune {command} {shlex.quote(str(output))} "some text"')
     return result
@@ -374,7 +376,8 @@ def _speed(
     config: TrainConfig, model: Any, progress: Progress, device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
     """Speed of the training steps. Tokens exclude padding. MFU is the share of the rate of a large matrix product, just
-    measured here, at which the arithmetic of `flops_per_token` was done.
+    measured here in the faster of float32 and the training's dtype, at which the arithmetic of `flops_per_token` was
+    done.
     """
     import torch
 
@@ -390,7 +393,9 @@ def _speed(
         "train_seconds": progress.seconds,
         "tokens_per_second": rate,
         "peak_memory_bytes": peak,
-        "mfu": rate * flops_per_token(model, str(config.method)) / gemm_rate(device, dtype),
+        "mfu": rate
+        * flops_per_token(model, str(config.method))
+        / max(gemm_rate(device, d) for d in {dtype, torch.float32}),
     }
 
 
@@ -435,7 +440,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         raise UserError(f"output_dir: {path} must be written, got {error}") from error
 
 
-def _plot(trainer: RecordingTrainer, result: dict[str, Any], path: Path) -> None:
+def _plot(trainer: RecordingTrainer, result: dict[str, Any], title: str, path: Path) -> None:
     if not importlib.util.find_spec("matplotlib"):
         print("note      no picture of the loss: matplotlib is not installed")
         return
@@ -447,6 +452,6 @@ def _plot(trainer: RecordingTrainer, result: dict[str, Any], path: Path) -> None
     trained = (result["train_step_loss"], result["train_step_metric"])
     try:
         with replacing_file(path) as partial:
-            plot_run(partial, "fine-tuning", metric, trained, evaluated)
+            plot_run(partial, title, metric, trained, evaluated)
     except OSError as error:
         raise UserError(f"output_dir: {path} must be written, got {error}") from error
