@@ -11,6 +11,7 @@ import transformers
 
 import fusetune
 from fusetune.finetune import TrainConfig, UserError, apply_peft
+from fusetune.train.model import flops_per_token
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,6 +47,17 @@ def test_apply_peft_methods(capsys):
 
     model = apply_peft(bert_classifier(), TrainConfig(method="head"))
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {"classifier.weight", "classifier.bias"}
+
+
+def test_flops_per_token():
+    layer = 4 * 32 * 32 + 2 * 32 * 48  # attention and MLP
+    body, head = 2 * layer + 32 * 32, 3 * 32  # two layers and the pooler
+    model = bert_classifier()
+    assert flops_per_token(model, "full") == 6 * (body + head)
+    adapted = apply_peft(bert_classifier(), TrainConfig(lora_r=4, lora_targets="query"))
+    adapters = 2 * 2 * 4 * 32
+    assert flops_per_token(adapted, "lora") == 4 * (body + head) + 6 * (adapters + head)  # the head is there twice
+    assert flops_per_token(apply_peft(model, TrainConfig(method="head")), "head") == 2 * body + 6 * head
 
 
 def test_apply_peft_names_missing_targets():

@@ -240,12 +240,13 @@ def flops_per_token(model: nn.Module, method: str) -> int:
     """
     frozen = trained = 0
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, torch.Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding):
-            if weight.requires_grad:
-                trained += weight.numel()
-            else:
-                frozen += weight.numel()
+        if isinstance(module, nn.Embedding):
+            continue
+        for p in module.parameters(recurse=False):  # not module.weight: PEFT's wrappers give that of what they wrap
+            if p.dim() == 2 and p.requires_grad:
+                trained += p.numel()
+            elif p.dim() == 2:
+                frozen += p.numel()
     return (2 if method == "head" else 4) * frozen + 6 * trained
 
 

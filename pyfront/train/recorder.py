@@ -142,14 +142,16 @@ class Progress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds += time.perf_counter() - self._start
         self.tokens = state.num_input_tokens_seen - self._first_token
-        self._bar.set_postfix_str(f"loss {self._loss:.3f}, {self.tokens / self.seconds:,.0f} tokens/s", refresh=False)
-        self._bar.update()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.epoch_times.append(self.seconds - self._epoch_start)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        self._loss = (logs or {}).get("loss", self._loss)
+        if logs and "loss" in logs:  # once per step, after on_step_end
+            self._loss = logs["loss"]
+            rate = self.tokens / self.seconds
+            self._bar.set_postfix_str(f"loss {self._loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
+            self._bar.update()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.evaluated = state.global_step
