@@ -30,8 +30,8 @@ using LoraForward = void(const void* x,     // [M, K], rows x_row elements apart
                          const void* bias,  // [N], or null
                          void* y0,          // [M, N] out
                          float* s,          // [M, R] out
-                         int64_t M, int64_t N, int64_t K, int64_t R, int64_t x_row,
-                         float scale, double dropout_p, uint64_t seed,
+                         int64_t M, int64_t N, int64_t K, int64_t R, int64_t x_row, float scale, double dropout_p,
+                         uint64_t seed,
                          int dtype,          // of x and bias
                          int adapter_dtype,  // of a and b
                          int y_dtype, int threads);
@@ -43,8 +43,8 @@ using LoraBackward = void(const void* dy,  // [M, N], rows dy_row elements apart
                           void* dx0,  // [M, K] out, or null
                           void* da,   // [R, K] out, or null
                           void* db,   // [N, R] out, or null
-                          int64_t M, int64_t N, int64_t K, int64_t R, int64_t dy_row, int64_t x_row,
-                          float scale, double dropout_p, uint64_t seed,
+                          int64_t M, int64_t N, int64_t K, int64_t R, int64_t dy_row, int64_t x_row, float scale,
+                          double dropout_p, uint64_t seed,
                           int dtype,          // of dy and x
                           int adapter_dtype,  // of a, b, da, db
                           int dx_dtype, int threads);

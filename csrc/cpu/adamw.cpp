@@ -116,8 +116,8 @@ void adamw_step(const int64_t* table, int64_t rows, const double* hypers, const 
   for (int64_t r = 0; r < rows; r++) {
     const int64_t* row = table + r * kAdamwColumns;
     const double step = *(float*)row[kStep] += 1;
-    const bool as_before = r && row[kGroup] == row[kGroup - kAdamwColumns] &&
-                           step == *(const float*)row[kStep - kAdamwColumns];
+    const bool as_before =
+        r && row[kGroup] == row[kGroup - kAdamwColumns] && step == *(const float*)row[kStep - kAdamwColumns];
     plan[r] = {as_before ? plan[r - 1].scalars : scalars(hypers + row[kGroup] * kAdamwHypers, step, grad_scale), items};
     items += (row[kNumel] + kItem - 1) / kItem;
     elements += row[kNumel];

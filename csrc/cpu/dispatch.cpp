@@ -6,7 +6,6 @@
 
 #include "../adamw.h"
 
-
 namespace fusetune::cpu {
 
 namespace {

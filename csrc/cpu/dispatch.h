@@ -21,22 +21,22 @@ float* thread_scratch(int64_t floats);
 
 // Declares the launcher `name` of function type `type` at every level, and the table cpu::name of its addresses in the
 // order of kLevels. A level that was not built has no definition and, being weak, a null address.
-#define FUSETUNE_LAUNCHER(type, name)                   \
-  namespace generic {                                   \
-  type name __attribute__((weak));                      \
-  }                                                     \
-  namespace avx2 {                                      \
-  type name __attribute__((weak));                      \
-  }                                                     \
-  namespace avx512 {                                    \
-  type name __attribute__((weak));                      \
-  }                                                     \
-  namespace avx512_bf16 {                               \
-  type name __attribute__((weak));                      \
-  }                                                     \
-  namespace emulated {                                  \
-  type name __attribute__((weak));                      \
-  }                                                     \
+#define FUSETUNE_LAUNCHER(type, name) \
+  namespace generic {                 \
+  type name __attribute__((weak));    \
+  }                                   \
+  namespace avx2 {                    \
+  type name __attribute__((weak));    \
+  }                                   \
+  namespace avx512 {                  \
+  type name __attribute__((weak));    \
+  }                                   \
+  namespace avx512_bf16 {             \
+  type name __attribute__((weak));    \
+  }                                   \
+  namespace emulated {                \
+  type name __attribute__((weak));    \
+  }                                   \
   inline type* const name[] = {&generic::name, &avx2::name, &avx512::name, &avx512_bf16::name, &emulated::name};
 
 }  // namespace fusetune::cpu

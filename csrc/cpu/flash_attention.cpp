@@ -8,11 +8,11 @@ namespace fusetune::cpu::FUSETUNE_LEVEL {
 
 namespace {
 
-constexpr int64_t kKeys = kMaskGroup;       // keys of a block
-constexpr int64_t kQueries = 24;            // queries of a forward tile: its scores, 12 KiB, stay in L1
-constexpr int64_t kBackwardQueries = 48;    // of a backward tile
-constexpr int64_t kItemQueries = 240;       // rows of q for which a forward item packs k and v
-constexpr int64_t kBackwardItems = 32;      // a backward pass is cut into at least so many items where it can be
+constexpr int64_t kKeys = kMaskGroup;     // keys of a block
+constexpr int64_t kQueries = 24;          // queries of a forward tile: its scores, 12 KiB, stay in L1
+constexpr int64_t kBackwardQueries = 48;  // of a backward tile
+constexpr int64_t kItemQueries = 240;     // rows of q for which a forward item packs k and v
+constexpr int64_t kBackwardItems = 32;    // a backward pass is cut into at least so many items where it can be
 constexpr float kLog2e = 0x1.715476p+0f, kLn2 = 0x1.62e430p-1f;
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -43,8 +43,7 @@ struct Source {
   // A block that needs conversion is staged in scratch [rows, kColumns].
   Matrix block(int64_t r0, int64_t rows, int64_t c0, int64_t cols, float* scratch) const {
     if (dtype == kFloat32) return in_place(r0, c0);
-    for (int64_t i = 0; i < rows; i++)
-      load_row(at(p, dtype, (r0 + i) * row + c0), dtype, cols, scratch + i * kColumns);
+    for (int64_t i = 0; i < rows; i++) load_row(at(p, dtype, (r0 + i) * row + c0), dtype, cols, scratch + i * kColumns);
     return {scratch, kColumns, 1};
   }
   // The block with its dropped elements zeroed; `keep` [rows, kColumns] is the mask.
@@ -52,8 +51,7 @@ struct Source {
     for (int64_t i = 0; i < rows; i++) {
       float* out = scratch + i * kColumns;
       load_row(at(p, dtype, (r0 + i) * row + c0), dtype, cols, out);
-      for (int64_t c = 0; c < cols; c += W)
-        store(out + c, (f32v)((i32v)load(out + c) & load(keep + i * kColumns + c)));
+      for (int64_t c = 0; c < cols; c += W) store(out + c, (f32v)((i32v)load(out + c) & load(keep + i * kColumns + c)));
     }
     return {scratch, kColumns, 1};
   }
@@ -193,8 +191,8 @@ void lora_backward(const void* dy_, const void* x_, const void* a, const void* b
         const Matrix dy_block = dy.block(r0, rows, c0, cols, block);
         gemm(rows, width, cols, dy_block, plain_rows(b_rows.p + c0 * width, width), ds_block, width, c0 > 0);
         if (db)
-          gemm(cols, width, rows, {dy_block.p, 1, dy_block.row}, plain_rows(s_block, width), db_sum + c0 * width,
-               width, r0 > first);
+          gemm(cols, width, rows, {dy_block.p, 1, dy_block.row}, plain_rows(s_block, width), db_sum + c0 * width, width,
+               r0 > first);
       }
       // dx0 and da share the factors scale and 1/(1-p); db takes scale when the parts are summed.
       const f32v factor = splat(scale * dropout.scale);

@@ -24,7 +24,7 @@
 namespace fusetune::cpu::FUSETUNE_LEVEL {
 
 #if defined(FUSETUNE_EMULATED) || defined(__AVX512F__)
-constexpr int W = 16;          // lanes of a vector
+constexpr int W = 16;  // lanes of a vector
 constexpr int kRegisters = 32;
 #elif defined(__AVX2__)
 constexpr int W = 8;
@@ -132,7 +132,7 @@ FUSETUNE_INLINE f32v exp2(f32v x) {
   p = p * f + 0x1.ebfbdcp-3f;
   p = p * f + 0x1.62e430p-1f;
   p = p * f + 1.0f;
-  i32v exponent = (i32v)((u32v)__builtin_convertvector(n, i32v) << 23);
+  i32v exponent = (i32v)((u32v) __builtin_convertvector(n, i32v) << 23);
   return (f32v)((i32v)p + exponent);
 }
 
