@@ -24,7 +24,6 @@ from stock import (
     make_bert,
     make_llama,
     make_lora,
-    one_thread,  # noqa: F401
     run,
 )
 from torch import Tensor, nn
@@ -33,6 +32,8 @@ from transformers.masking_utils import sdpa_mask
 
 from fusetune.nn.lora import LoraLinear
 from fusetune.patching import PatchReport, patch, patched, unpatch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_report() -> None:

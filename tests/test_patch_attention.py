@@ -19,7 +19,6 @@ from stock import (
     make_bert,
     make_llama,
     make_lora,
-    one_thread,  # noqa: F401
     run,
 )
 from torch import Tensor, nn
@@ -29,6 +28,8 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from fusetune.nn.flash_attention import attention, attention_mask
 from fusetune.patching import patch, patched, unpatch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

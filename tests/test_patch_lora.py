@@ -15,12 +15,13 @@ from stock import (
     assert_follows,
     assert_same,
     make_lora,
-    one_thread,  # noqa: F401
 )
 from torch import Tensor, nn
 
 from fusetune.nn.lora import LoraLinear
 from fusetune.patching import patch, unpatch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def lora_layer(

@@ -17,7 +17,6 @@ from stock import (
     make_bert,
     make_llama,
     make_lora,
-    one_thread,  # noqa: F401
     padding_mask,
     run,
 )
@@ -25,6 +24,8 @@ from torch import Tensor, nn
 
 from fusetune.optim import AdamW
 from fusetune.patching import patch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(model: nn.Module, batches: list[dict[str, Tensor]], optimizer_class: type) -> list[float]:

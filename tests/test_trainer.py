@@ -13,14 +13,7 @@ import fusetune
 from fusetune.finetune import TrainConfig, UserError, apply_peft
 from fusetune.train.model import flops_per_token
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are too small to share out; waiting threads only slow a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Making a model trainable

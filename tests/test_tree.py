@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -180,3 +182,11 @@ def test_constraints_fit_the_stated_ranges():
     assert {"torch", "transformers", "triton", "cmake"} <= {requirement.name for requirement in requirements}
     for requirement in requirements:
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+
+
+def test_tables_are_those_of_the_results():
+    """README and benchmarks/results/*.md, as `python benchmarks/results.py write` makes them."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "results.py", "check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
