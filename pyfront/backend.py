@@ -41,8 +41,6 @@ def why_not(backend: str, device_type: str) -> str | None:
     return None
 
 
-# Dynamo would trace past the caches, and warn of them.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(op: str, device: torch.device) -> str:
     """The backend that `op` takes for tensors on `device`.
 
@@ -63,6 +61,11 @@ def choose(op: str, device: torch.device) -> str:
     raise NotImplementedError(
         f"{op}: no backend works on {device.type} ({reasons or 'no kernel for it'}); FUSETUNE_BACKEND=reference does"
     )
+
+
+# What torch.compiler.assume_constant_result does, which imports Dynamo and takes seconds. Without it Dynamo traces past
+# the caches, and warns of them.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -205,6 +205,7 @@ def test_resumed_run_equals_a_straight_one(job, tmp_path, first):
 def test_interrupt_saves_and_resumes_exactly(job, tmp_path, monkeypatch):
     from fusetune.train.recorder import Progress
 
+    handler = signal.getsignal(signal.SIGINT)
     straight = main(**job | {"output_dir": str(tmp_path / "straight")})
     original = Progress.on_step_begin
 
@@ -220,7 +221,7 @@ def test_interrupt_saves_and_resumes_exactly(job, tmp_path, monkeypatch):
     assert stop.value.exit_code == 130
     resumed = main(**job, resume=True)
     assert resumed["train_step_loss"] == pytest.approx(straight["train_step_loss"], abs=1e-6)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
