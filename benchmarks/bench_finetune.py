@@ -67,7 +67,7 @@ def test_finetune(
     assert abs(seen["fusetune_loss"] / seen["stock_loss"] - 1) <= (1e-5 if dtype == torch.float32 else 1e-2)
     timer.compare(
         *(benchmark, lambda: ours.step(batch), {"stock": lambda: stock.step(batch)}),
-        **dict(rounds=5, op="finetune", model=make.__name__, method=method, shape=f"B={B} S={S}", mask=f"{shortest:g}"),
+        **dict(op="finetune", model=make.__name__, method=method, shape=f"B={B} S={S}", mask=f"{shortest:g}"),
         **dict(dtype=str(dtype)[6:], **{name: float(f"{value:.7g}") for name, value in seen.items()}),
     )
     info = benchmark.extra_info

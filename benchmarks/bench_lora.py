@@ -12,6 +12,7 @@ import timer
 import torch
 import torch.nn.functional as F
 
+from fusetune.backend import gemm_dtype
 from fusetune.ops import lora_linear, lora_linear_reference
 
 SHAPES = [  # M, K, N
@@ -32,6 +33,8 @@ def test_lora_linear(
     benchmark: Any, device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype, dropout_p: float
 ) -> None:
     M, K, N = shape
+    if gemm_dtype(device.type, dtype) != dtype and M * K * N > 4e9:
+        pytest.skip(f"torch emulates {dtype} products here: its step takes minutes")
     torch.manual_seed(0)
     x = torch.randn(M, K, device=device).to(dtype).requires_grad_()
     w = (torch.randn(N, K, device=device) / K**0.5).to(dtype)
@@ -51,12 +54,9 @@ def test_lora_linear(
 
     y, expected = lora_linear(x, w, a, b, 2.0), lora_linear_reference(x, w, a, b, 2.0)
     assert (y - expected).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * expected.norm()
-    rounds = 3 if dtype == torch.bfloat16 and device.type == "cpu" else 11
     timer.compare(
         *(benchmark, ours, {"frozen": frozen, "peft": peft}),
-        **dict(
-            rounds=rounds, op="lora_linear", shape=f"{M}x{K}x{N} r={RANK}", dtype=str(dtype)[6:], dropout_p=dropout_p
-        ),
+        **dict(op="lora_linear", shape=f"{M}x{K}x{N} r={RANK}", dtype=str(dtype)[6:], dropout_p=dropout_p),
         floor=round(1.5 * RANK * (1 / K + 1 / N), 4),
     )
     info = benchmark.extra_info

@@ -40,15 +40,15 @@ def _finish() -> None:
         torch.cuda.synchronize()
 
 
-def compare(benchmark: Any, ours: Step, others: dict[str, Step], *, rounds: int = 11, **info: Any) -> dict[str, float]:
+def compare(benchmark: Any, ours: Step, others: dict[str, Step], **info: Any) -> dict[str, float]:
     """Times `ours` against each of `others`.
 
-    Every round runs all contenders once, so that a drift of the machine's speed meets them alike.
+    Every round runs all contenders once, so that a drift of the machine's speed meets them alike. Two rounds warm up;
+    of those that count there are as many as ten seconds hold, but at least 3 and at most 11.
 
     Args:
         benchmark: pytest-benchmark's fixture; receives the timings of `ours`, and everything below as extra_info.
         ours, others: what to time; the results were compared before.
-        rounds: counted rounds, after two that are not.
         info: what the row is about.
 
     Returns:
@@ -65,7 +65,11 @@ def compare(benchmark: Any, ours: Step, others: dict[str, Step], *, rounds: int 
         ours()
         _finish()
 
-    benchmark.pedantic(run_ours, setup=run_others, rounds=rounds, warmup_rounds=2)
+    for _ in range(2):
+        run_others()
+        last = _seconds(ours) + sum(seconds[-1] for seconds in times.values())
+    rounds = int(min(max(10 / last, 3), 11))
+    benchmark.pedantic(run_ours, setup=run_others, rounds=rounds)
     mine = benchmark.stats.stats.data
     speedups = {}
     for name, seconds in times.items():
