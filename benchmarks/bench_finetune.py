@@ -13,7 +13,7 @@ import torch
 import transformers
 from peft import LoraConfig, TaskType, get_peft_model
 
-from fusetune.train.compare import agreement, contenders
+from fusetune.train.compare import agreement, contenders, gemm_rate
 from fusetune.train.model import flops_per_token, minilm_folder
 
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
@@ -73,4 +73,4 @@ def test_finetune(
     info = benchmark.extra_info
     rate = int(keep.sum()) / info["ours_ms"] * 1e3
     info["tokens_per_second"] = round(rate)
-    info["mfu"] = round(rate * flops_per_token(model, method) / timer.gemm_gflops(dtype) / 1e9, 3)
+    info["mfu"] = round(rate * flops_per_token(model, method) / gemm_rate(device, dtype), 3)

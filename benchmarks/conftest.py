@@ -11,6 +11,7 @@ import timer
 import torch
 
 from fusetune import __version__
+from fusetune.train.compare import gemm_rate
 
 
 @pytest.fixture(scope="session")
@@ -19,10 +20,12 @@ def device() -> torch.device:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rates = {str(dtype)[6:]: gemm_rate(here, dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16)}
     machine_info.clear()
     machine_info.update(
         device=results.device_name(),
-        gemm_gflops={str(dtype)[6:]: round(timer.gemm_gflops(dtype)) for dtype in (torch.float32, torch.bfloat16)},
+        gemm_gflops={dtype: float(f"{rate:.3g}") for dtype, rate in rates.items()},
         stream_gbs=round(timer.stream_gbs(), 1),
         torch=torch.__version__,
         fusetune=__version__,

@@ -66,7 +66,7 @@ def milliseconds(value: float) -> str:
 
 def machine(results: Row) -> str:
     info = results["machine_info"]
-    gemm = ", ".join(f"{dtype} {rate:,}" for dtype, rate in info["gemm_gflops"].items())
+    gemm = ", ".join(f"{dtype} {rate:,g}" for dtype, rate in info["gemm_gflops"].items())
     return (
         f"{info['device']}; torch {info['torch']}, Python {info['python']}. Its ceilings, as torch reaches them:"
         f" matrix products {gemm} GFLOP/s, stream {info['stream_gbs']} GB/s."

@@ -12,14 +12,6 @@ import torch
 Step = Callable[[], Any]
 
 
-def gemm_gflops(dtype: torch.dtype = torch.float32, n: int = 2048) -> float:
-    """The machine's rate on a large matrix product, in GFLOP/s: the ceiling that compute-bound ops are measured by."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    n = n if device == "cpu" else 8192
-    x, w, y = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
-    return 2 * n**3 / min(_seconds(lambda: torch.mm(x, w, out=y)) for _ in range(7)) / 1e9
-
-
 def stream_gbs() -> float:
     """The machine's rate on an in-place update y += c x, in GB/s: the ceiling of bandwidth-bound ops."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,7 +36,7 @@ def compare(benchmark: Any, ours: Step, others: dict[str, Step], **info: Any) ->
     """Times `ours` against each of `others`.
 
     Every round runs all contenders once, so that a drift of the machine's speed meets them alike. Two rounds warm up;
-    of those that count there are as many as ten seconds hold, but at least 3 and at most 11.
+    of those that count there are as many as ten seconds hold, but at least 3 and at most 51.
 
     Args:
         benchmark: pytest-benchmark's fixture; receives the timings of `ours`, and everything below as extra_info.
@@ -68,7 +60,7 @@ def compare(benchmark: Any, ours: Step, others: dict[str, Step], **info: Any) ->
     for _ in range(2):
         run_others()
         last = _seconds(ours) + sum(seconds[-1] for seconds in times.values())
-    rounds = int(min(max(10 / last, 3), 11))
+    rounds = int(min(max(10 / last, 3), 51))
     benchmark.pedantic(run_ours, setup=run_others, rounds=rounds)
     mine = benchmark.stats.stats.data
     speedups = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -157,11 +158,24 @@ class Table:
         group: int,
     ) -> None:
         """Adds a row. Raises as `adamw_step` does."""
+        # In single expressions, because a step pays for them once for each tensor.
         shape, dtype, device = param.shape, param.dtype, param.device
-        in_order, fits = param.is_contiguous(), dtype in _native.DTYPES and grad.layout is torch.strided
-        for tensor in (grad, exp_avg, exp_avg_sq, exp_avg if largest is None else largest):
-            fits = fits and tensor.shape == shape and tensor.dtype is dtype and tensor.device == device
-            in_order = in_order and fits and tensor.is_contiguous()
+        fits = (
+            grad.shape == exp_avg.shape == exp_avg_sq.shape == shape
+            and grad.dtype is exp_avg.dtype is exp_avg_sq.dtype is dtype
+            and grad.device == exp_avg.device == exp_avg_sq.device == device
+            and (largest is None or (largest.shape == shape and largest.dtype is dtype and largest.device == device))
+            and grad.layout is torch.strided
+            and dtype in _native.DTYPES
+        )
+        in_order = (
+            fits
+            and param.is_contiguous()
+            and grad.is_contiguous()
+            and exp_avg.is_contiguous()
+            and exp_avg_sq.is_contiguous()
+            and (largest is None or largest.is_contiguous())
+        )
         if not fits:
             _check([param], [grad], [exp_avg], [exp_avg_sq], [exp_avg if largest is None else largest], [step])
         if not in_order:
@@ -180,7 +194,7 @@ class Table:
             0 if largest is None else largest.data_ptr(),
             step.data_ptr(),
             param.numel(),
-            _native.DTYPES[param.dtype],
+            _native.DTYPES[dtype],
             group,
         )
 
@@ -205,7 +219,7 @@ class Table:
             device: where the tensors are.
             grad_scale, found_inf: as in `adamw_step`.
         """
-        table = torch.tensor(self._rows, dtype=torch.int64).view(-1, len(COLUMNS))
+        table = torch.frombuffer(array("q", self._rows), dtype=torch.int64).view(-1, len(COLUMNS))
         scalars = torch.tensor(hypers, dtype=torch.float64)
         backend = choose("adamw", device)
         if backend == "cpu":

@@ -51,16 +51,17 @@ class AdamW(torch.optim.AdamW):
                 loss = closure()
         tables: dict[torch.device, Table] = {}
         for index, group in enumerate(self.param_groups):
+            amsgrad = group["amsgrad"]
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                state = self.state[p]
-                if not state or state["step"].device != p.device or state["step"].dtype != torch.float32:
-                    self._prepare_state(p, group["amsgrad"])
-                tables.setdefault(p.device, Table()).add(
-                    *(p, p.grad, state["exp_avg"], state["exp_avg_sq"]),
-                    *(state["max_exp_avg_sq"] if group["amsgrad"] else None, state["step"], index),
-                )
+                state, device = self.state[p], p.device
+                if not state or state["step"].device != device or state["step"].dtype is not torch.float32:
+                    self._prepare_state(p, amsgrad)
+                if device not in tables:
+                    tables[device] = Table()
+                largest = state["max_exp_avg_sq"] if amsgrad else None
+                tables[device].add(p, p.grad, state["exp_avg"], state["exp_avg_sq"], largest, state["step"], index)
         hypers = [
             (float(g["lr"]), *map(float, g["betas"]), g["eps"], g["weight_decay"], float(g["maximize"]))
             for g in self.param_groups
