@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch  # before the extension: its libgomp is then the process's only OpenMP runtime
@@ -51,3 +53,10 @@ def code(dtype: torch.dtype) -> int:
 
 def threads() -> int:
     return torch.get_num_threads()
+
+
+@contextlib.contextmanager
+def current_stream(device: torch.device) -> Iterator[int]:
+    """Makes a CUDA device the current one; gives the stream that torch uses there, which is asked for at each call."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream

@@ -232,7 +232,7 @@ class Table:
                 _native.threads(),
             )
         elif backend == "cuda":
-            with torch.cuda.device(device):
+            with _native.current_stream(device) as stream:
                 table, scalars = table.to(device), scalars.to(device)
                 _native.extension().cuda_adamw_step(
                     table.data_ptr(),
@@ -240,7 +240,7 @@ class Table:
                     scalars.data_ptr(),
                     _native.address(grad_scale),
                     _native.address(found_inf),
-                    torch.cuda.current_stream(device).cuda_stream,
+                    stream,
                 )
         elif backend == "triton":
             from fusetune.kernels import adamw as triton_adamw
