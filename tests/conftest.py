@@ -1,9 +1,9 @@
 """Backends and devices of the tests.
 
 A test that takes the fixture `backend` runs once for each backend of its module's op (`OP`): the CPU kernels at every
-ISA level, Triton in its interpreter, and on a GPU Triton and CUDA. One that takes `cpu_backend` runs at the ISA levels,
-and one that takes `device` with the backend that users get there. Rows that cannot run here are skipped, and the reason
-is the one that `fusetune info` gives.
+ISA level, Triton in its interpreter, the CUDA kernels on the host (cuda_host/README.md), and on a GPU Triton and CUDA.
+One that takes `cpu_backend` runs at the ISA levels, and one that takes `device` with the backend that users get there.
+Rows that cannot run here are skipped, and the reason is the one that `fusetune info` gives.
 
 Markers: `gpu` needs a CUDA device; `large` takes Triton's interpreter too long, and is left out of its rows.
 """
@@ -17,12 +17,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
+from cuda_host import harness
+
 from fusetune import _native
 from fusetune.backend import BACKENDS, why_not
 
 # Those that this CPU lacks are skipped. `emulated` is the 16-lane code without AVX-512 instructions.
 LEVELS = ("generic", "avx2", "avx512", "avx512_bf16", "emulated")
 INTERPRETED = "triton-interpreted"
+HOST = "cuda-host"
 
 
 class Backend(NamedTuple):
@@ -37,8 +40,10 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     levels = [f"cpu-{level}" for level in LEVELS]
     if "backend" in metafunc.fixturenames:
-        gpu = [pytest.param(f"{name}-gpu", marks=pytest.mark.gpu) for name in BACKENDS[metafunc.module.OP]["cuda"]]
-        metafunc.parametrize("backend", [*levels, INTERPRETED, *gpu], indirect=True)
+        on_gpu = BACKENDS[metafunc.module.OP]["cuda"]
+        gpu = [pytest.param(f"{name}-gpu", marks=pytest.mark.gpu) for name in on_gpu]
+        host = [HOST] if "cuda" in on_gpu else []
+        metafunc.parametrize("backend", [*levels, INTERPRETED, *host, *gpu], indirect=True)
     if "cpu_backend" in metafunc.fixturenames:
         metafunc.parametrize("cpu_backend", levels, indirect=True)
     if "device" in metafunc.fixturenames:
@@ -79,6 +84,8 @@ def backend(request, monkeypatch):
         if row not in extension.isa_available():
             pytest.skip(f"this CPU lacks {row}")
         extension.set_isa(row)
+    elif request.param == HOST:
+        request.getfixturevalue("cuda_on_host")
     elif reason := why_not(name, device.type):
         pytest.skip(reason)
     parameters = request.node.callspec.params.values()
@@ -90,6 +97,15 @@ def backend(request, monkeypatch):
 
 
 cpu_backend = backend
+
+
+@pytest.fixture
+def cuda_on_host(monkeypatch):
+    """Has the ops take the CUDA backend for CPU tensors, and the harness run its kernels."""
+    if reason := harness.why_not():
+        pytest.skip(reason)
+    with harness.cuda_on_host(monkeypatch):
+        yield
 
 
 @pytest.fixture

@@ -1,0 +1,29 @@
+// The module of the tests: fusetune's CUDA launchers as csrc/bindings.cpp names them, and kernels that are here.
+#include <pybind11/pybind11.h>
+
+#include "../../csrc/adamw.h"
+#include "planted.h"
+#include "runtime.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+using Wire = std::conditional_t<std::is_pointer_v<T>, uintptr_t, T>;  // Python passes addresses as integers
+
+template <class... Arguments>
+auto launcher(void (*launch)(Arguments...)) {
+  return [launch](Wire<Arguments>... arguments) { launch((Arguments)arguments...); };
+}
+
+}  // namespace
+
+PYBIND11_MODULE(fusetune_cuda_host, m) {
+  m.def("cuda_adamw_step", launcher(fusetune::cuda::adamw_step));
+
+  m.def("planted", [](const std::string& name, uintptr_t out, int size) { planted(name, (float*)out, size); });
+  m.def("allow", [](uintptr_t begin, size_t bytes) { cuda_host::allow((void*)begin, bytes); });
+  m.def("forget_allowed", &cuda_host::forget_allowed);
+  m.def("reverse_order", &cuda_host::reverse_order);
+}

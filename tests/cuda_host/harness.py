@@ -1,0 +1,161 @@
+"""Compiles the CUDA kernels for the host, with the checks of the harness (README.md), and has the ops call them."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from importlib.machinery import ExtensionFileLoader
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import fusetune.backend
+from fusetune import _native
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+MODULE = "fusetune_cuda_host"
+INCLUDE = "tests/cuda_host/include"
+
+COMMON = ["-std=c++17", "-g", "-fPIC", "-fvisibility=hidden"]
+# As nvcc has it: no contraction beyond explicit FMAs (AdamW is compiled so), type punning by pointers, #pragma unroll.
+KERNELS = [
+    *("-x", "c++", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{INCLUDE}"),
+    *("-fsanitize=thread,alignment,bounds", "--coverage"),
+]
+
+
+def shipped() -> list[Path]:
+    """The kernels that the harness runs. Instructions of one architecture, as in <op>_sm90.cu, have no stand-in."""
+    return [path for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if not re.search(r"_sm\d+a?$", path.stem)]
+
+
+def compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++")
+
+
+def why_not() -> str | None:
+    """Why the harness cannot run here, or None."""
+    if not sys.platform.startswith("linux"):
+        return "the harness of the CUDA kernels needs Linux"
+    return (
+        None if compiler() and shutil.which("addr2line") else "the harness of the CUDA kernels needs g++ and binutils"
+    )
+
+
+def folder() -> Path:
+    """Where the module of these sources lies; another for every version of them."""
+    found = hashlib.sha256(repr((compiler(), COMMON, KERNELS, sysconfig.get_config_var("SOABI"))).encode())
+    for path in sorted([*(ROOT / "csrc").rglob("*"), *HERE.rglob("*")]):
+        if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
+            found.update(path.name.encode() + path.read_bytes())
+    return ROOT / ".cache" / "cuda_host" / found.hexdigest()[:16]
+
+
+def compile_object(source: Path, target: Path) -> None:
+    """Compiles a kernel or a file of the harness.
+
+    Raises:
+        RuntimeError: the compiler's errors; where a kernel uses a primitive that the harness lacks, its name and where
+            to add it.
+    """
+    import pybind11
+
+    flags = KERNELS if source.suffix == ".cu" else ["-O2", "-Wall", "-Wextra", f"-I{pybind11.get_include()}"]
+    if source.suffix == ".cpp":
+        flags.append(f"-I{sysconfig.get_path('include')}")
+    name = str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else str(source)
+    command = [compiler() or "g++", *COMMON, *flags, "-c", name, "-o", str(target)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return
+    unknown = re.search(
+        r"^(\S+:\d+):\d+: error: .(\w+). (?:was not declared|has not been declared|does not name)", done.stderr, re.M
+    )
+    if unknown:
+        line, primitive = unknown.groups()
+        raise RuntimeError(
+            f"cuda_host: {line} uses {primitive}, which the harness lacks; add it to {INCLUDE}/, with a test in"
+            f" tests/test_cuda_host.py\n{done.stderr}"
+        )
+    raise RuntimeError(f"cuda_host: {name} does not compile for the host\n{done.stderr}")
+
+
+def build() -> Path:
+    """The module, compiled where it is not yet."""
+    target = folder()
+    module = target / f"{MODULE}.so"
+    if module.exists():
+        return module
+    shutil.rmtree(target.parent, ignore_errors=True)
+    target.mkdir(parents=True)
+    sources = [*shipped(), *sorted(HERE.glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
+    objects = [target / f"{source.stem}.o" for source in sources]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_object, sources, objects))
+    partial = module.with_suffix(".partial")
+    subprocess.run(
+        [compiler() or "g++", "-shared", "--coverage", *map(str, objects), "-o", str(partial), "-ldl"], check=True
+    )
+    partial.rename(module)
+    return module
+
+
+@functools.cache
+def load() -> ModuleType:
+    """The module: fusetune's CUDA launchers by their names in the extension, and the kernels of this folder."""
+    loader = ExtensionFileLoader(MODULE, str(build()))
+    spec = importlib.util.spec_from_loader(MODULE, loader)
+    assert spec
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+class HostExtension:
+    """The extension, with the CUDA launchers of the harness."""
+
+    with_cuda = True
+
+    def __init__(self, extension: ModuleType) -> None:
+        self._extension, self._host = extension, load()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._host if name.startswith("cuda_") else self._extension, name)
+
+
+@contextlib.contextmanager
+def cuda_on_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Has the ops take the CUDA backend for CPU tensors; a kernel may touch those whose address was asked for."""
+    host = load()
+    extension = HostExtension(_native.extension())
+    address_of = torch.Tensor.data_ptr
+
+    def data_ptr(tensor: torch.Tensor) -> int:
+        begin = address_of(tensor)
+        if tensor.numel():
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            host.allow(begin, (last + 1) * tensor.element_size())
+        return begin
+
+    monkeypatch.setattr(torch.Tensor, "data_ptr", data_ptr)
+    monkeypatch.setattr(_native, "extension", lambda: extension)
+    monkeypatch.setattr(_native, "current_stream", lambda device: contextlib.nullcontext(0))
+    monkeypatch.setattr(fusetune.backend, "why_not", lambda backend, device_type: None)
+    for op, backends in fusetune.backend.BACKENDS.items():
+        monkeypatch.setitem(fusetune.backend.BACKENDS, op, {**backends, "cpu": backends["cuda"]})
+    yield host
+    host.forget_allowed()

@@ -1,0 +1,305 @@
+// Checks what the threads of a block read and write. Kernels are compiled with -fsanitize=thread,alignment,bounds: the
+// functions that the compiler calls at each access and where a check fails, __tsan_* and __ubsan_*, are at the end.
+#include <link.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <vector>
+
+#include "include/cuda_runtime.h"
+
+namespace fusetune::cuda {
+alignas(1024) thread_local uint4 dynamic_shared[cuda_host::kMostShared / sizeof(uint4)];  // launch.h declares it
+}
+
+namespace cuda_host {
+namespace {
+
+struct Range {
+  uintptr_t begin = 0, end = 0;
+  bool has(uintptr_t p) const { return p - begin < end - begin; }
+};
+
+// Who accessed a byte: a thread, plainly or by an atomic; several threads by atomics; several that read, of one warp or
+// not; a cp.async.
+enum Kind : uint8_t { kThread, kAtomic, kAtomics, kReadersOfWarp, kReaders, kCopy };
+struct Who {
+  Kind kind;
+  uint16_t number;  // of the thread or warp
+  bool is(int thread) const { return (kind == kThread || kind == kAtomic) && number == thread; }
+};
+
+// The last accesses to one byte of shared memory. Times are of `now`.
+struct Cell {
+  uint32_t written = 0, read = 0;
+  Who writer, reader;
+  Site write_site, read_site;
+};
+
+bool checked = false;
+uint32_t now = 1, block_start, last_barrier, last_warp_barrier[kMostThreads / kWarp];
+
+Range shared;  // the module's thread-local variables, which its shared variables are
+Range image;   // its code and constants
+Range parameters;
+size_t dynamic_bytes;
+std::vector<Cell> cells;  // of `shared`
+
+std::map<uintptr_t, uintptr_t> allowed;  // begin -> end
+Range last_allowed;
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, source_bytes, group;
+};
+struct Copies {
+  std::vector<Copy> started;
+  int groups = 0;  // committed
+} copies[kMostThreads];
+
+int find_module(dl_phdr_info* info, size_t, void* inside) {
+  Range found;
+  const dl_phdr_info& module = *info;
+  for (int i = 0; i < module.dlpi_phnum; i++) {
+    const auto& segment = module.dlpi_phdr[i];
+    if (segment.p_type != PT_LOAD) continue;
+    const uintptr_t begin = module.dlpi_addr + segment.p_vaddr;
+    found.begin = found.end ? std::min(found.begin, begin) : begin;
+    found.end = std::max(found.end, begin + segment.p_memsz);
+  }
+  if (!found.has((uintptr_t)inside)) return 0;
+  image = found;
+  for (int i = 0; i < module.dlpi_phnum; i++)
+    if (module.dlpi_phdr[i].p_type == PT_TLS)
+      shared = {(uintptr_t)module.dlpi_tls_data, (uintptr_t)module.dlpi_tls_data + module.dlpi_phdr[i].p_memsz};
+  return 1;
+}
+
+bool ordered(uint32_t time, Who who) {
+  if (time < last_barrier) return true;
+  const int warp = thread_number() / kWarp;
+  const bool same_warp = who.kind == kThread || who.kind == kAtomic ? who.number / kWarp == warp
+                                                                    : who.kind == kReadersOfWarp && who.number == warp;
+  return same_warp && time < last_warp_barrier[warp];
+}
+
+std::string name_of(Who who) {
+  if (who.kind == kThread || who.kind == kAtomic) return thread_name(who.number);
+  return "several threads";
+}
+
+enum Access { kRead, kWrite, kAtomicUpdate, kStartCopy };
+
+std::string name_of(Access access, size_t bytes) {
+  static const char* const names[] = {"read", "write", "atomic", "cp.async"};
+  return std::string(names[access]) + " of " + std::to_string(bytes) + " bytes";
+}
+
+// Of a byte of shared memory.
+std::string name_of(uintptr_t p) {
+  const uintptr_t offset = p - (uintptr_t)fusetune::cuda::dynamic_shared;
+  return offset < kMostShared ? "byte " + std::to_string(offset) + " of dynamic shared memory" : "shared memory";
+}
+
+void access_shared(uintptr_t p, size_t bytes, Access access, Site site) {
+  const uintptr_t offset = p - (uintptr_t)fusetune::cuda::dynamic_shared;
+  if (p + bytes > shared.end || (offset < kMostShared && offset + bytes > dynamic_bytes))
+    fail(site, name_of(access, bytes) + " out of bounds: " + name_of(p) + ", of which there are " +
+                   std::to_string(dynamic_bytes));
+  const int self = thread_number();
+  for (; bytes; bytes--, p++) {
+    Cell& cell = cells[p - shared.begin];
+    const bool written = cell.written >= block_start, read = cell.read >= block_start;
+    const bool was_atomic = cell.writer.kind == kAtomic || cell.writer.kind == kAtomics;
+    const auto race = [&](Who who, const char* did, Site where) {
+      fail(site, "race: " + name_of(access, bytes) + " at " + name_of(p) + ", which " + name_of(who) + did +
+                     " with no barrier between, at " + name_of(where));
+    };
+
+    if (access == kRead || access == kAtomicUpdate) {
+      if (!written) fail(site, name_of(access, bytes) + ": nobody has written " + name_of(p));
+      if (cell.writer.kind == kCopy)
+        fail(site, name_of(access, bytes) + ": a cp.async to " + name_of(p) + " was not waited for, that of " +
+                       name_of(cell.write_site));
+    }
+    const bool ours = !written || cell.writer.is(self) || ordered(cell.written, cell.writer);
+    if (!ours && cell.writer.kind != kCopy && !(access == kAtomicUpdate && was_atomic))
+      race(cell.writer, " wrote", cell.write_site);
+    const bool only_reader = !read || cell.reader.is(self) || ordered(cell.read, cell.reader);
+    if (access != kRead && !only_reader) race(cell.reader, " read", cell.read_site);
+
+    if (access == kRead) {
+      const int warp = self / kWarp;
+      if (only_reader) {
+        cell.reader = {kThread, (uint16_t)self};
+      } else {
+        const bool same_warp = cell.reader.kind == kThread
+                                   ? cell.reader.number / kWarp == warp
+                                   : cell.reader.kind == kReadersOfWarp && cell.reader.number == warp;
+        cell.reader = {same_warp ? kReadersOfWarp : kReaders, (uint16_t)warp};
+      }
+      cell.read = now;
+      cell.read_site = site;
+    } else {
+      // A plain write of this thread since the last barrier still counts after its atomic.
+      const bool plain = written && cell.writer.kind == kThread && !ordered(cell.written, cell.writer);
+      const Kind atomic = !ours ? kAtomics : plain ? kThread : kAtomic;
+      cell.writer = {access == kWrite ? kThread : access == kStartCopy ? kCopy : atomic, (uint16_t)self};
+      cell.written = now;
+      cell.write_site = site;
+    }
+  }
+}
+
+void access_global(uintptr_t p, size_t bytes, Access access, Site site) {
+  if (allowed.empty() || (p >= last_allowed.begin && p + bytes <= last_allowed.end)) return;
+  const std::string what = name_of(access, bytes) + " out of bounds: ";
+  auto tensor = allowed.upper_bound(p);
+  if (tensor == allowed.begin()) fail(site, what + "in no tensor");
+  --tensor;
+  const auto [begin, end] = *tensor;
+  if (p + bytes > end)
+    fail(site, what + std::to_string(p - begin) + " bytes into a tensor of " + std::to_string(end - begin));
+  last_allowed = {begin, end};
+}
+
+void access_memory(const void* address, size_t bytes, Access access, Site site) {
+  if (!checked) return;
+  const uintptr_t p = (uintptr_t)address;
+  if (shared.has(p)) return access_shared(p, bytes, access, site);
+  if (in_stacks(p, true) || image.has(p) || parameters.has(p)) return;
+  if (in_stacks(p, false)) fail(site, name_of(access, bytes) + " in the local memory of another thread");
+  access_global(p, bytes, access, site);
+}
+
+[[noreturn]] void misaligned(const char* what, int bytes, int past, Site site) {
+  fail(site, std::string("misaligned: ") + what + " that needs a multiple of " + std::to_string(bytes) + " bytes, " +
+                 std::to_string(past) + " past one");
+}
+
+void check_multiple(const void* p, int bytes, const char* what, Site site) {
+  if (const int past = (int)((uintptr_t)p % bytes)) misaligned(what, bytes, past, site);
+}
+
+}  // namespace
+
+void allow(const void* begin, size_t bytes) {
+  Range range{(uintptr_t)begin, (uintptr_t)begin + bytes};
+  auto next = allowed.lower_bound(range.begin);
+  if (next != allowed.begin() && std::prev(next)->second > range.begin) --next;
+  while (next != allowed.end() && next->first < range.end) {  // views of one tensor overlap
+    range = {std::min(range.begin, next->first), std::max(range.end, next->second)};
+    next = allowed.erase(next);
+  }
+  allowed[range.begin] = range.end;
+  last_allowed = {};
+}
+
+void forget_allowed() {
+  allowed.clear();
+  last_allowed = {};
+}
+
+void atomic_access(const void* p, size_t bytes, Site site) {
+  check_multiple(p, (int)bytes, "an atomic", site);
+  access_memory(p, bytes, kAtomicUpdate, site);
+}
+
+void lane_read(int lane, void* to, const void* p, int bytes, Site site) {
+  check_multiple(p, bytes, "a read", site);
+  if (!shared.has((uintptr_t)p)) fail(site, "read of what is not in shared memory");
+  act_as_lane(lane);
+  access_shared((uintptr_t)p, bytes, kRead, site);
+  act_as_lane(-1);
+  memcpy(to, p, bytes);
+}
+
+void copy_async(void* to, const void* from, int bytes, int source_bytes, Site site) {
+  check_multiple(to, bytes, "cp.async", site);
+  check_multiple(from, bytes, "cp.async", site);
+  if (!shared.has((uintptr_t)to)) fail(site, "cp.async to what is not in shared memory");
+  access_memory(to, bytes, kStartCopy, site);
+  if (source_bytes) access_memory(from, source_bytes, kRead, site);
+  Copies& mine = copies[thread_number()];
+  mine.started.push_back({to, from, bytes, source_bytes, mine.groups});
+}
+
+void copy_async_commit() { copies[thread_number()].groups++; }
+
+void copy_async_wait(int groups_left, Site site) {
+  Copies& mine = copies[thread_number()];
+  size_t done = 0;
+  for (; done < mine.started.size() && mine.started[done].group < mine.groups - groups_left; done++) {
+    const Copy& copy = mine.started[done];
+    access_memory(copy.to, copy.bytes, kWrite, site);
+    memcpy(copy.to, copy.from, copy.source_bytes);
+    memset((char*)copy.to + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
+  }
+  mine.started.erase(mine.started.begin(), mine.started.begin() + done);
+}
+
+void prepare_memory() {
+  fusetune::cuda::dynamic_shared[0] = {};  // gives this OS thread its copy
+  dl_iterate_phdr(find_module, (void*)prepare_memory);
+  cells.resize(shared.end - shared.begin);
+}
+
+void begin_block(size_t dynamic_shared_bytes, const void* kernel_parameters) {
+  dynamic_bytes = dynamic_shared_bytes;
+  parameters = {(uintptr_t)kernel_parameters, (uintptr_t)kernel_parameters + 4096};
+  block_start = last_barrier = ++now;
+  for (Copies& of_thread : copies) of_thread = {};
+}
+
+void barrier_passed() { last_barrier = ++now; }
+void warp_barrier_passed(int warp) { last_warp_barrier[warp] = ++now; }
+void check_accesses(bool on) { checked = on; }
+
+}  // namespace cuda_host
+
+using namespace cuda_host;
+
+// The kernel's code that calls one of these functions.
+#define CALLER Site{__builtin_return_address(0), 0}
+
+extern "C" {
+
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_vptr_read(void**) {}
+
+#define ACCESSES(bytes)                                                                  \
+  void __tsan_read##bytes(void* p) { access_memory(p, bytes, kRead, CALLER); }           \
+  void __tsan_write##bytes(void* p) { access_memory(p, bytes, kWrite, CALLER); }         \
+  void __tsan_unaligned_read##bytes(void* p) { access_memory(p, bytes, kRead, CALLER); } \
+  void __tsan_unaligned_write##bytes(void* p) { access_memory(p, bytes, kWrite, CALLER); }
+ACCESSES(1)
+ACCESSES(2)
+ACCESSES(4)
+ACCESSES(8)
+ACCESSES(16)
+void __tsan_read_range(void* p, size_t bytes) { access_memory(p, bytes, kRead, CALLER); }
+void __tsan_write_range(void* p, size_t bytes) { access_memory(p, bytes, kWrite, CALLER); }
+
+// The beginnings of the records that describe a check.
+struct SourceLine {
+  const char* file;
+  uint32_t line, column;
+};
+struct AlignmentCheck {
+  SourceLine at;
+  const void* type;
+  unsigned char log_alignment;
+};
+void __ubsan_handle_type_mismatch_v1(AlignmentCheck* check, uintptr_t p) {
+  const int bytes = 1 << check->log_alignment;
+  misaligned("an access", bytes, (int)(p % bytes), {check->at.file, (int)check->at.line});
+}
+void __ubsan_handle_out_of_bounds(SourceLine* at, uintptr_t index) {
+  fail({at->file, (int)at->line}, "out of bounds: index " + std::to_string((int)index));
+}
+}

@@ -1,0 +1,259 @@
+// Runs a grid: its blocks one after another, the threads of a block as fibers, which switch where they wait.
+#include <dlfcn.h>
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <stdexcept>
+
+#include "runtime.h"
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace cuda_host {
+namespace {
+
+// Stacks begin at different offsets within their 128 KiB: at equal ones they would share the same few lines of the cache.
+constexpr size_t kStack = 128 * 1024, kGuard = 4096, kStagger = 256;
+
+enum State { kReady, kAtBarrier, kInWarp, kReturned };
+
+struct Fiber {
+  jmp_buf context;
+  bool started = false;
+  uint3 index;
+  State state;
+  const char* what;  // where it waits: the primitive,
+  Site site;         // its line,
+  unsigned mask;     // the lanes that it waits for,
+  void* record;      // and the record that it left
+};
+
+Fiber fibers[kMostThreads];
+char* stacks;     // [kMostThreads, kStack]
+int threads = 0;  // of a block,
+int at_barrier;   // and how many of them wait in __syncthreads
+int current;      // number of the thread that runs
+bool reversed = false;
+jmp_buf scheduler;
+void (*body)(const void*);
+const void* body_context;
+
+std::string failure;  // empty: none
+
+// Back to the scheduler, until it resumes this thread. _setjmp and _longjmp leave signals alone, which swapcontext would
+// ask the kernel about.
+void leave() {
+  if (!_setjmp(fibers[current].context)) _longjmp(scheduler, 1);
+}
+
+void run_thread_of_each_block() {
+  for (;;) {
+    check_accesses(true);
+    body(body_context);
+    check_accesses(false);
+    fibers[current].state = kReturned;
+    leave();
+  }
+}
+
+void resume(int number) {
+  current = number;
+  Fiber& fiber = fibers[number];
+  threadIdx = fiber.index;
+  if (_setjmp(scheduler)) return;
+  if (fiber.started) _longjmp(fiber.context, 1);
+  fiber.started = true;
+  ucontext_t start;
+  getcontext(&start);
+  start.uc_stack.ss_sp = stacks + number * kStack + kGuard;
+  start.uc_stack.ss_size = kStack - kGuard - number % 64 * kStagger;
+  start.uc_link = nullptr;
+  makecontext(&start, run_thread_of_each_block, 0);
+  setcontext(&start);
+}
+
+void prepare() {
+  if (stacks) return;
+  prepare_memory();
+  void* memory =
+      mmap(nullptr, kMostThreads * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::runtime_error("cuda_host: no memory for the stacks of threads");
+  stacks = (char*)memory;
+  for (int i = 0; i < kMostThreads; i++) mprotect(stacks + i * kStack, kGuard, PROT_NONE);
+}
+
+std::string name_of(uint3 index) {
+  char text[64];
+  snprintf(text, sizeof text, "(%u, %u, %u)", index.x, index.y, index.z);
+  return text;
+}
+
+std::string doing(int number) {
+  const Fiber& f = fibers[number];
+  return thread_name(number) +
+         (f.state == kReturned ? " has returned" : std::string(" is in ") + f.what + " at " + name_of(f.site));
+}
+
+// Whether both wait for the same thing.
+bool wait_alike(const Fiber& a, const Fiber& b) {
+  return a.state == b.state && a.site.line == b.site.line && a.site.file == b.site.file && !strcmp(a.what, b.what) &&
+         (a.state != kInWarp || a.mask == b.mask);
+}
+
+void arrive(State state, const char* what, Site site) {
+  Fiber& f = fibers[current];
+  f.state = state;
+  f.what = what;
+  f.site = site;
+}
+
+void wait() {
+  check_accesses(false);
+  leave();
+  check_accesses(true);
+}
+
+// No thread can go on, and not all have returned.
+void report_deadlock() {
+  current = 0;
+  while (fibers[current].state == kReturned) current++;
+  const Fiber& waiting = fibers[current];
+  int first = 0, count = threads;
+  if (waiting.state == kInWarp) first = current / kWarp * kWarp, count = kWarp;
+  int there = 0, missing = -1;
+  for (int i = 0; i < count; i++) {
+    if (waiting.state == kInWarp && !(waiting.mask >> i & 1)) continue;
+    if (first + i < threads && wait_alike(waiting, fibers[first + i]))
+      there++;
+    else if (missing < 0)
+      missing = first + i;
+  }
+  failure = name_of(waiting.site) + ": " + waiting.what + " is reached by " + std::to_string(there) +
+            (there == 1 ? " thread, but " : " threads, but ") +
+            (missing < threads ? doing(missing) : "its mask names lanes that the block does not have");
+}
+
+void run_block() {
+  at_barrier = 0;
+  for (int i = 0; i < threads; i++) fibers[i].state = kReady;
+  for (bool any = true; any;) {
+    any = false;
+    for (int i = 0; i < threads; i++) {
+      const int number = reversed ? threads - 1 - i : i;
+      if (fibers[number].state != kReady) continue;
+      any = true;
+      resume(number);
+      if (!failure.empty()) return;
+    }
+  }
+  for (int i = 0; i < threads; i++)
+    if (fibers[i].state != kReturned) return report_deadlock();
+}
+
+}  // namespace
+
+void run_grid(dim3 grid, dim3 block, size_t dynamic_shared_bytes, void (*thread)(const void*), const void* context) {
+  prepare();
+  gridDim = grid;
+  blockDim = block;
+  body = thread;
+  body_context = context;
+  threads = (int)(block.x * block.y * block.z);
+  for (unsigned i = 0; i < (unsigned)threads; i++)
+    fibers[i].index = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
+  const uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z;
+  for (uint64_t i = 0; i < blocks; i++) {
+    const uint64_t b = reversed ? blocks - 1 - i : i;
+    blockIdx = {(unsigned)(b % grid.x), (unsigned)(b / grid.x % grid.y), (unsigned)(b / grid.x / grid.y)};
+    begin_block(dynamic_shared_bytes, context);
+    run_block();
+    check_accesses(false);
+    if (failure.empty()) continue;
+    for (Fiber& fiber : fibers) fiber.started = false;  // their stacks are abandoned
+    const std::string message = failure + "; block " + name_of(blockIdx) + ", " + thread_name(current);
+    failure.clear();
+    throw std::runtime_error(message);
+  }
+}
+
+void reverse_order(bool value) { reversed = value; }
+
+void fail(Site site, const std::string& what) {
+  failure = name_of(site) + ": " + what;
+  _longjmp(scheduler, 1);
+}
+
+int thread_number() { return current; }
+
+std::string thread_name(int number) { return "thread " + name_of(fibers[number].index); }
+
+std::string name_of(Site site) {
+  if (site.line) {
+    const std::string file = (const char*)site.file;
+    return file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.line);
+  }
+  Dl_info module;
+  if (!dladdr(site.file, &module)) return "?";
+  char command[4096], line[1024] = "?";
+  snprintf(command, sizeof command, "addr2line -s -e '%s' %#tx", module.dli_fname,
+           (const char*)site.file - 1 - (const char*)module.dli_fbase);  // the call, not what follows it
+  if (FILE* out = popen(command, "r")) {
+    if (!fgets(line, sizeof line, out)) strcpy(line, "?");
+    pclose(out);
+  }
+  line[strcspn(line, " \n")] = 0;
+  return line;
+}
+
+bool in_stacks(uintptr_t p, bool own) {
+  const uintptr_t begin = (uintptr_t)stacks;
+  return own ? p - (begin + current * kStack) < kStack : p - begin < kMostThreads * kStack;
+}
+
+void act_as_lane(int lane) {
+  static int self;
+  if (lane >= 0) self = current;
+  current = lane >= 0 ? current / kWarp * kWarp + lane : self;
+}
+
+void sync_threads(Site site) {
+  arrive(kAtBarrier, "__syncthreads", site);
+  if (++at_barrier < threads) return wait();
+  for (int i = 0; i < threads; i++)
+    if (!wait_alike(fibers[current], fibers[i])) fail(site, "__syncthreads meets another: " + doing(i));
+  for (int i = 0; i < threads; i++) fibers[i].state = kReady;
+  at_barrier = 0;
+  barrier_passed();
+}
+
+void warp_collective(const char* what, unsigned mask, void* record, void (*run)(void* const*, Site), Site site) {
+  if (!(mask >> lane() & 1))
+    fail(site, std::string(what) + " is called by lane " + std::to_string(lane()) + ", which its mask lacks");
+  arrive(kInWarp, what, site);
+  fibers[current].mask = mask;
+  fibers[current].record = record;
+  const int first = current / kWarp * kWarp;
+  void* records[kWarp] = {};
+  for (int i = 0; i < kWarp; i++) {
+    if (!(mask >> i & 1)) continue;
+    if (first + i >= threads || !wait_alike(fibers[current], fibers[first + i])) return wait();
+    records[i] = fibers[first + i].record;
+  }
+  check_accesses(false);
+  run(records, site);
+  check_accesses(true);
+  for (int i = 0; i < kWarp; i++)
+    if (mask >> i & 1) fibers[first + i].state = kReady;
+}
+
+void sync_warp(unsigned mask, Site site) {
+  const auto body = [](void* const*, Site) { warp_barrier_passed(current / kWarp); };
+  warp_collective("__syncwarp", mask, nullptr, body, site);
+}
+
+}  // namespace cuda_host
