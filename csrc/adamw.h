@@ -17,6 +17,8 @@
 // Floor: those bytes over the stream rate.
 #pragma once
 
+#include <math.h>
+
 #include <cstdint>
 
 #include "cpu/dispatch.h"
@@ -40,6 +42,31 @@ enum AdamwColumn {
 
 // The hyper-parameters of each parameter group, float64 [groups, kAdamwHypers].
 enum AdamwHyper { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kMaximize, kAdamwHypers };
+
+// What a step of one tensor multiplies by: computed in double, rounded once.
+struct AdamwScalars {
+  float decay, lerp, beta2, beta2_complement, sqrt_bias2, eps, negative_step_size, sign, grad_scale;
+  bool lerp_from_grad;  // the nearer end of the interpolation
+};
+
+// Of a tensor whose step count is `step` after this step; grad_scale may be null. Static: each ISA level has its own.
+FUSETUNE_HOST_DEVICE static inline AdamwScalars adamw_scalars(const double* hyper, double step,
+                                                              const float* grad_scale) {
+  const double bias1 = 1 - pow(hyper[kBeta1], step), bias2 = 1 - pow(hyper[kBeta2], step);
+  const float weight = (float)(1 - hyper[kBeta1]);
+  return {
+      (float)(1 - hyper[kLr] * hyper[kWeightDecay]),
+      weight < 0.5f ? weight : weight - 1,
+      (float)hyper[kBeta2],
+      (float)(1 - hyper[kBeta2]),
+      (float)sqrt(bias2),
+      (float)hyper[kEps],
+      (float)(-(hyper[kLr] / bias1)),
+      hyper[kMaximize] ? -1.0f : 1.0f,
+      grad_scale ? *grad_scale : 1.0f,
+      !(weight < 0.5f),
+  };
+}
 
 namespace cpu {
 

@@ -1,6 +1,12 @@
 // Storage types that cross the seam. Python sends the code; all arithmetic is float32.
 #pragma once
 
+#ifdef __CUDACC__
+#define FUSETUNE_HOST_DEVICE __host__ __device__
+#else
+#define FUSETUNE_HOST_DEVICE
+#endif
+
 namespace fusetune {
 
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };

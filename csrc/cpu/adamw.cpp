@@ -8,28 +8,6 @@ namespace fusetune::cpu::FUSETUNE_LEVEL {
 
 namespace {
 
-struct Scalars {
-  float decay, lerp, beta2, beta2_complement, sqrt_bias2, eps, negative_step_size, sign, grad_scale;
-  bool lerp_from_grad;
-};
-
-Scalars scalars(const double* hyper, double step, const float* grad_scale) {
-  const double bias1 = 1 - pow(hyper[kBeta1], step), bias2 = 1 - pow(hyper[kBeta2], step);
-  const float weight = (float)(1 - hyper[kBeta1]);
-  return {
-      (float)(1 - hyper[kLr] * hyper[kWeightDecay]),
-      weight < 0.5f ? weight : weight - 1,
-      (float)hyper[kBeta2],
-      (float)(1 - hyper[kBeta2]),
-      (float)__builtin_sqrt(bias2),
-      (float)hyper[kEps],
-      (float)(-(hyper[kLr] / bias1)),
-      hyper[kMaximize] ? -1.0f : 1.0f,
-      grad_scale ? *grad_scale : 1.0f,
-      !(weight < 0.5f),
-  };
-}
-
 // A row of the table is cut into items, so that large tensors are shared and small ones go whole to one thread; an item
 // is whole cache lines in every storage type.
 constexpr int64_t kItem = 16384;
@@ -54,7 +32,7 @@ struct Float16 {
 };
 
 template <bool kAmsgrad>
-FUSETUNE_INLINE void update(const Scalars& s, f32v g, f32v& p, f32v& m, f32v& v, f32v& max_sq) {
+FUSETUNE_INLINE void update(const AdamwScalars& s, f32v g, f32v& p, f32v& m, f32v& v, f32v& max_sq) {
   g = g * s.sign;
   if (s.grad_scale != 1) g = g / s.grad_scale;
   m = fma(splat(s.lerp), g - m, s.lerp_from_grad ? g : m);
@@ -65,7 +43,7 @@ FUSETUNE_INLINE void update(const Scalars& s, f32v g, f32v& p, f32v& m, f32v& v,
 
 // 2 W elements
 template <bool kAmsgrad, class Type, class Element = typename Type::Element>
-FUSETUNE_INLINE void update_pair(const Scalars& s, const Element* grad, Element* param, Element* exp_avg,
+FUSETUNE_INLINE void update_pair(const AdamwScalars& s, const Element* grad, Element* param, Element* exp_avg,
                                  Element* exp_avg_sq, Element* largest) {
   Pair g = Type::load(grad), p = Type::load(param), m = Type::load(exp_avg), v = Type::load(exp_avg_sq), max_sq{};
   if (kAmsgrad) max_sq = Type::load(largest);
@@ -79,7 +57,7 @@ FUSETUNE_INLINE void update_pair(const Scalars& s, const Element* grad, Element*
 }
 
 template <bool kAmsgrad, class Type, class Element = typename Type::Element>
-void update_range(const Scalars& s, const int64_t* row, int64_t begin, int64_t end) {
+void update_range(const AdamwScalars& s, const int64_t* row, int64_t begin, int64_t end) {
   Element* const grad = (Element*)row[kGrad] + begin;
   Element* const written[] = {(Element*)row[kParam] + begin, (Element*)row[kExpAvg] + begin,
                               (Element*)row[kExpAvgSq] + begin, (Element*)row[kMaxSq] + begin};
@@ -98,7 +76,7 @@ void update_range(const Scalars& s, const int64_t* row, int64_t begin, int64_t e
 }
 
 template <class Type>
-void update_item(const Scalars& s, const int64_t* row, int64_t begin, int64_t end) {
+void update_item(const AdamwScalars& s, const int64_t* row, int64_t begin, int64_t end) {
   row[kMaxSq] ? update_range<true, Type>(s, row, begin, end) : update_range<false, Type>(s, row, begin, end);
 }
 
@@ -108,7 +86,7 @@ void adamw_step(const int64_t* table, int64_t rows, const double* hypers, const 
                 const float* found_inf, int threads) {
   if (found_inf && *found_inf != 0) return;
   struct Row {
-    Scalars scalars;
+    AdamwScalars scalars;
     int64_t first_item;
   };
   const Buffer<Row> plan(rows + 1);
@@ -118,7 +96,8 @@ void adamw_step(const int64_t* table, int64_t rows, const double* hypers, const 
     const double step = *(float*)row[kStep] += 1;
     const bool as_before =
         r && row[kGroup] == row[kGroup - kAdamwColumns] && step == *(const float*)row[kStep - kAdamwColumns];
-    plan[r] = {as_before ? plan[r - 1].scalars : scalars(hypers + row[kGroup] * kAdamwHypers, step, grad_scale), items};
+    plan[r] = {as_before ? plan[r - 1].scalars : adamw_scalars(hypers + row[kGroup] * kAdamwHypers, step, grad_scale),
+               items};
     items += (row[kNumel] + kItem - 1) / kItem;
     elements += row[kNumel];
   }

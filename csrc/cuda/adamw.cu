@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "block.cuh"
 #include "launch.h"
 
 namespace fusetune::cuda {
@@ -20,28 +21,6 @@ constexpr int kBlocks = 2;  // a multiprocessor
 // large enough to hide the scalars. A multiple of 16 bytes in every storage type.
 constexpr int kChunk = 16384;
 
-struct Scalars {
-  float decay, lerp, beta2, beta2_complement, sqrt_bias2, eps, negative_step_size, sign, grad_scale;
-  bool lerp_from_grad;
-};
-
-__device__ Scalars scalars_of(const double* hyper, double step, const float* grad_scale) {
-  const double bias1 = 1 - pow(hyper[kBeta1], step), bias2 = 1 - pow(hyper[kBeta2], step);
-  const float weight = (float)(1 - hyper[kBeta1]);
-  return {
-      (float)(1 - hyper[kLr] * hyper[kWeightDecay]),
-      weight < 0.5f ? weight : weight - 1,
-      (float)hyper[kBeta2],
-      (float)(1 - hyper[kBeta2]),
-      (float)sqrt(bias2),
-      (float)hyper[kEps],
-      (float)(-(hyper[kLr] / bias1)),
-      hyper[kMaximize] ? -1.0f : 1.0f,
-      grad_scale ? *grad_scale : 1.0f,
-      !(weight < 0.5f),
-  };
-}
-
 __device__ float as_float(float x) { return x; }
 __device__ float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ float as_float(__half x) { return __half2float(x); }
@@ -51,7 +30,7 @@ __device__ void store(__half* p, float x) { *p = __float2half_rn(x); }
 
 // One element of each tensor; max_sq is not touched without amsgrad.
 template <bool kAmsgrad, class T>
-__device__ void update(const Scalars& s, T* param, const T* grad, T* exp_avg, T* exp_avg_sq, T* max_sq) {
+__device__ void update(const AdamwScalars& s, T* param, const T* grad, T* exp_avg, T* exp_avg_sq, T* max_sq) {
   float g = as_float(*grad) * s.sign;
   if (s.grad_scale != 1) g = g / s.grad_scale;
   const float p = as_float(*param) * s.decay;
@@ -78,7 +57,8 @@ struct alignas(16) Pack {
 
 // Elements 0 .. n-1 of the tensors at these addresses.
 template <bool kAmsgrad, class T>
-__device__ void update_range(const Scalars& s, T* param, const T* grad, T* exp_avg, T* exp_avg_sq, T* max_sq, int n) {
+__device__ void update_range(const AdamwScalars& s, T* param, const T* grad, T* exp_avg, T* exp_avg_sq, T* max_sq,
+                             int n) {
   const uintptr_t addresses = (uintptr_t)param | (uintptr_t)grad | (uintptr_t)exp_avg | (uintptr_t)exp_avg_sq |
                               (kAmsgrad ? (uintptr_t)max_sq : 0);
   int packed = 0;  // elements that packs take
@@ -105,7 +85,7 @@ __device__ void update_range(const Scalars& s, T* param, const T* grad, T* exp_a
 }
 
 template <class T>
-__device__ void update_chunk(const Scalars& s, const int64_t* row, int64_t begin) {
+__device__ void update_chunk(const AdamwScalars& s, const int64_t* row, int64_t begin) {
   auto tensor = [&](AdamwColumn column) { return (T*)row[column] + begin; };
   T *param = tensor(kParam), *grad = tensor(kGrad), *exp_avg = tensor(kExpAvg), *exp_avg_sq = tensor(kExpAvgSq),
     *max_sq = tensor(kMaxSq);
@@ -129,19 +109,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                    const float* found_inf) {
   if (found_inf && *found_inf != 0) return;
   __shared__ int64_t ends[kThreads];  // one past the last chunk of each of kThreads rows
-  __shared__ Scalars scalars;
+  __shared__ int64_t totals[kThreads / kWarpSize];
+  __shared__ AdamwScalars scalars;
   int64_t group = -1;
   float step = 0;
   int64_t chunk = blockIdx.x;  // counted from the first chunk of row0
   for (int64_t row0 = 0; row0 < rows; row0 += kThreads) {
     const int64_t mine = row0 + threadIdx.x;
-    ends[threadIdx.x] = mine < rows ? (table[mine * kAdamwColumns + kNumel] + kChunk - 1) / kChunk : 0;
-    for (int distance = 1; distance < kThreads; distance *= 2) {  // inclusive prefix sum
-      __syncthreads();
-      const int64_t before = threadIdx.x >= distance ? ends[threadIdx.x - distance] : 0;
-      __syncthreads();
-      ends[threadIdx.x] += before;
-    }
+    const int64_t count = mine < rows ? (table[mine * kAdamwColumns + kNumel] + kChunk - 1) / kChunk : 0;
+    ends[threadIdx.x] = block_prefix_sum(count, totals);
     __syncthreads();
 
     const int64_t chunks = ends[kThreads - 1];
@@ -160,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         group = row[kGroup];
         step = row_step;
         __syncthreads();
-        if (threadIdx.x == 0) scalars = scalars_of(hypers + group * kAdamwHypers, step, grad_scale);
+        if (threadIdx.x == 0) scalars = adamw_scalars(hypers + group * kAdamwHypers, step, grad_scale);
         __syncthreads();
       }
       const int64_t begin = (chunk - (low ? ends[low - 1] : 0)) * kChunk;

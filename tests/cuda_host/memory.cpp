@@ -166,7 +166,6 @@ void access_global(uintptr_t p, size_t bytes, Access access, Site site) {
 }
 
 void access_memory(const void* address, size_t bytes, Access access, Site site) {
-  if (!checked) return;
   const uintptr_t p = (uintptr_t)address;
   if (shared.has(p)) return access_shared(p, bytes, access, site);
   if (in_stacks(p, true) || image.has(p) || parameters.has(p)) return;
@@ -203,6 +202,7 @@ void forget_allowed() {
 }
 
 void atomic_access(const void* p, size_t bytes, Site site) {
+  const Unchecked unchecked;
   check_multiple(p, (int)bytes, "an atomic", site);
   access_memory(p, bytes, kAtomicUpdate, site);
 }
@@ -217,6 +217,7 @@ void lane_read(int lane, void* to, const void* p, int bytes, Site site) {
 }
 
 void copy_async(void* to, const void* from, int bytes, int source_bytes, Site site) {
+  const Unchecked unchecked;
   check_multiple(to, bytes, "cp.async", site);
   check_multiple(from, bytes, "cp.async", site);
   if (!shared.has((uintptr_t)to)) fail(site, "cp.async to what is not in shared memory");
@@ -229,6 +230,7 @@ void copy_async(void* to, const void* from, int bytes, int source_bytes, Site si
 void copy_async_commit() { copies[thread_number()].groups++; }
 
 void copy_async_wait(int groups_left, Site site) {
+  const Unchecked unchecked;
   Copies& mine = copies[thread_number()];
   size_t done = 0;
   for (; done < mine.started.size() && mine.started[done].group < mine.groups - groups_left; done++) {
@@ -264,6 +266,12 @@ using namespace cuda_host;
 // The kernel's code that calls one of these functions.
 #define CALLER Site{__builtin_return_address(0), 0}
 
+static void instrumented(const void* p, size_t bytes, Access access, Site site) {
+  if (!checked) return;
+  const Unchecked unchecked;
+  access_memory(p, bytes, access, site);
+}
+
 extern "C" {
 
 void __tsan_init() {}
@@ -272,18 +280,16 @@ void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 
-#define ACCESSES(bytes)                                                                  \
-  void __tsan_read##bytes(void* p) { access_memory(p, bytes, kRead, CALLER); }           \
-  void __tsan_write##bytes(void* p) { access_memory(p, bytes, kWrite, CALLER); }         \
-  void __tsan_unaligned_read##bytes(void* p) { access_memory(p, bytes, kRead, CALLER); } \
-  void __tsan_unaligned_write##bytes(void* p) { access_memory(p, bytes, kWrite, CALLER); }
+#define ACCESSES(bytes)                                                       \
+  void __tsan_read##bytes(void* p) { instrumented(p, bytes, kRead, CALLER); } \
+  void __tsan_write##bytes(void* p) { instrumented(p, bytes, kWrite, CALLER); }
 ACCESSES(1)
 ACCESSES(2)
 ACCESSES(4)
 ACCESSES(8)
 ACCESSES(16)
-void __tsan_read_range(void* p, size_t bytes) { access_memory(p, bytes, kRead, CALLER); }
-void __tsan_write_range(void* p, size_t bytes) { access_memory(p, bytes, kWrite, CALLER); }
+void __tsan_read_range(void* p, size_t bytes) { instrumented(p, bytes, kRead, CALLER); }
+void __tsan_write_range(void* p, size_t bytes) { instrumented(p, bytes, kWrite, CALLER); }
 
 // The beginnings of the records that describe a check.
 struct SourceLine {

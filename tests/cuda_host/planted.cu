@@ -3,6 +3,9 @@
 
 #include <map>
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include "../../csrc/cuda/launch.h"
 
 namespace {
@@ -18,7 +21,7 @@ __global__ void barriers_of_two_branches(float*, int) {
   if (threadIdx.x < 32)
     __syncthreads();
   else
-    __syncthreads();
+    __syncthreads();  // another one
 }
 __global__ void shuffle_without_a_lane(float* out, int) {
   if (threadIdx.x == 5) return;
@@ -169,6 +172,13 @@ __global__ void ordered(float* out, int size) {
     out[threadIdx.x] = 1000 * neighbour + first;
   }
 }
+// out[2, 128, size]: each number of the first half rounded to bfloat16, of the second half to float16
+__global__ void roundings(float* out, int size) {
+  for (int i = threadIdx.x; i < 128 * size; i += size) {
+    out[i] = __bfloat162float(__float2bfloat16_rn(out[i]));
+    out[128 * size + i] = __half2float(__float2half_rn(out[128 * size + i]));
+  }
+}
 __global__ void twenty_barriers(float* out, int) {
   for (int i = 0; i < 20; i++) __syncthreads();
   out[threadIdx.x] = 20;
@@ -203,6 +213,7 @@ const std::map<std::string, Kernel*> kernels = {
     KERNEL(atomics),
     KERNEL(indices),
     KERNEL(ordered),
+    KERNEL(roundings),
     KERNEL(twenty_barriers),
 };
 

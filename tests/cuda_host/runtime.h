@@ -79,4 +79,10 @@ void warp_barrier_passed(int warp);
 void check_accesses(bool on);
 bool in_stacks(uintptr_t p, bool own);
 
+// The harness's own accesses, until it returns to the kernel.
+struct Unchecked {
+  Unchecked() { check_accesses(false); }
+  ~Unchecked() { check_accesses(true); }
+};
+
 }  // namespace cuda_host

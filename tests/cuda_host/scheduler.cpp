@@ -112,12 +112,6 @@ void arrive(State state, const char* what, Site site) {
   f.site = site;
 }
 
-void wait() {
-  check_accesses(false);
-  leave();
-  check_accesses(true);
-}
-
 // No thread can go on, and not all have returned.
 void report_deadlock() {
   current = 0;
@@ -222,8 +216,9 @@ void act_as_lane(int lane) {
 }
 
 void sync_threads(Site site) {
+  const Unchecked unchecked;
   arrive(kAtBarrier, "__syncthreads", site);
-  if (++at_barrier < threads) return wait();
+  if (++at_barrier < threads) return leave();
   for (int i = 0; i < threads; i++)
     if (!wait_alike(fibers[current], fibers[i])) fail(site, "__syncthreads meets another: " + doing(i));
   for (int i = 0; i < threads; i++) fibers[i].state = kReady;
@@ -232,6 +227,7 @@ void sync_threads(Site site) {
 }
 
 void warp_collective(const char* what, unsigned mask, void* record, void (*run)(void* const*, Site), Site site) {
+  const Unchecked unchecked;
   if (!(mask >> lane() & 1))
     fail(site, std::string(what) + " is called by lane " + std::to_string(lane()) + ", which its mask lacks");
   arrive(kInWarp, what, site);
@@ -241,12 +237,10 @@ void warp_collective(const char* what, unsigned mask, void* record, void (*run)(
   void* records[kWarp] = {};
   for (int i = 0; i < kWarp; i++) {
     if (!(mask >> i & 1)) continue;
-    if (first + i >= threads || !wait_alike(fibers[current], fibers[first + i])) return wait();
+    if (first + i >= threads || !wait_alike(fibers[current], fibers[first + i])) return leave();
     records[i] = fibers[first + i].record;
   }
-  check_accesses(false);
   run(records, site);
-  check_accesses(true);
   for (int i = 0; i < kWarp; i++)
     if (mask >> i & 1) fibers[first + i].state = kReady;
 }

@@ -1,0 +1,253 @@
+"""The harness that runs CUDA kernels on the host: it finds a planted bug of each kind, with its line, block and thread,
+computes what a GPU computes, and reaches every line of the kernels that are shipped."""
+
+import re
+
+import pytest
+import torch
+from cuda_host import harness
+from oracle import unaligned
+from steps import DTYPES, OPTIONS, assert_equal, make, train
+
+from fusetune.optim.adamw import AdamW
+
+if reason := harness.why_not():
+    pytest.skip(reason, allow_module_level=True)
+
+ADAMW = harness.ROOT / "csrc" / "cuda" / "adamw.cu"
+
+
+@pytest.fixture(scope="module")
+def host():
+    return harness.load()
+
+
+def run(host, name, out, threads=64):
+    """Runs a kernel of planted.cu, which may touch `out` only."""
+    host.allow(out.data_ptr(), out.numel() * out.element_size())
+    try:
+        host.planted(name, out.data_ptr(), threads)
+    finally:
+        host.forget_allowed()
+    return out
+
+
+def line_of(kernel, text):
+    """Number of the first line of a kernel of planted.cu that contains `text`."""
+    lines = (harness.HERE / "planted.cu").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if f" {kernel}(" in line)
+    return next(i + 1 for i in range(start, len(lines)) if text in lines[i])
+
+
+# kernel, a part of the line that is reported, what is said of it, the thread
+BUGS = [
+    ("barrier_of_some", "!= 3", "__syncthreads is reached by 63 threads, but thread (3, 0, 0) has returned", 0),
+    ("barriers_of_two_branches", "another one", "__syncthreads meets another: thread (0, 0, 0) is in ", 63),
+    ("shuffle_without_a_lane", "xor", "__shfl_xor_sync is reached by 31 threads, but thread (5, 0, 0) has returned", 0),
+    ("shuffle_from_an_inactive_lane", "shfl", "lane 0 shuffles from inactive lane 20", 15),
+    ("shuffle_outside_its_mask", "shfl", "__shfl_sync is called by lane 16, which its mask lacks", 16),
+    (
+        "two_shuffles_at_once",
+        "2.0f",
+        "__shfl_sync is reached by 16 threads, but thread (1, 0, 0) is in __shfl_sync at",
+        0,
+    ),
+    ("misaligned_global", "out + 1", "misaligned: an access that needs a multiple of 16 bytes, 4 past one", 0),
+    ("misaligned_shared", "tile + 1", "misaligned: an access that needs a multiple of 16 bytes, 4 past one", 2),
+    ("index_beyond_a_shared_array", "= 1", "out of bounds: index 16", 16),
+    ("row_beyond_a_shared_array", "[threadIdx.x / 8]", "out of bounds: index 4", 32),
+    ("beyond_dynamic_shared", "= 1", "write of 4 bytes out of bounds: byte 256 of dynamic shared memory", 63),
+    ("beyond_global", "= 1", "write of 4 bytes out of bounds: 256 bytes into a tensor of 256", 63),
+    ("before_global", "= 1", "write of 4 bytes out of bounds: ", 0),
+    ("unwritten_shared", "= tile", "read of 4 bytes: nobody has written shared memory", 7),
+    ("no_barrier_before_a_read", "= tile", "race: read of 4 bytes at shared memory, which thread (0, 0, 0) wrote", 1),
+    ("no_barrier_before_a_write", "= 2", "race: write of 4 bytes at shared memory, which thread (63, 0, 0) read", 0),
+    ("two_writers", "value = ", "race: write of 4 bytes at shared memory, which thread (0, 0, 0) wrote", 1),
+    ("no_warp_barrier", "= tile", "race: read of 4 bytes at shared memory, which thread (0, 0, 0) wrote", 1),
+    (
+        "warp_barrier_between_warps",
+        "= tile",
+        "race: read of 4 bytes at shared memory, which thread (31, 0, 0) wrote",
+        63,
+    ),
+    ("atomic_beside_a_write", "atomicAdd", "race: atomic of 4 bytes at shared memory, which thread (0, 0, 0) wrote", 1),
+    ("local_memory_of_another", "= *where", "read of 4 bytes in the local memory of another thread", 63),
+]
+
+
+@pytest.mark.parametrize(("kernel", "line", "what", "thread"), BUGS, ids=[bug[0] for bug in BUGS])
+def test_a_planted_bug_is_found(host, kernel, line, what, thread):
+    expected = f"planted.cu:{line_of(kernel, line)}: {what}"
+    with pytest.raises(RuntimeError) as error:
+        run(host, kernel, torch.zeros(64))
+    assert str(error.value).startswith(expected)
+    assert str(error.value).endswith(f"; block (0, 0, 0), thread ({thread}, 0, 0)")
+    assert torch.equal(run(host, "twenty_barriers", torch.zeros(64)), torch.full([64], 20.0)), "the harness is spoilt"
+
+
+def test_a_bug_of_the_second_block_is_told_with_its_number(host):
+    with pytest.raises(RuntimeError, match=r"nobody has written shared memory; block \(1, 0, 0\), thread"):
+        run(host, "written_by_another_block", torch.zeros(64))
+
+
+def test_lanes_that_the_block_lacks(host):
+    with pytest.raises(
+        RuntimeError, match=r"reached by 16 threads, but its mask names lanes that the block does not have"
+    ):
+        run(host, "shuffle_of_half_a_warp", torch.zeros(64), 48)
+
+
+def test_every_planted_kernel_is_tested():
+    kernels = re.findall(r"^    KERNEL\((\w+)\),$", (harness.HERE / "planted.cu").read_text(), re.M)
+    text = (harness.ROOT / "tests" / "test_cuda_host.py").read_text()
+    assert not [kernel for kernel in kernels if f'"{kernel}"' not in text]
+
+
+def test_shuffles_and_votes(host):
+    t = torch.arange(64)
+    lane, warp = t % 32, t // 32 * 32
+    got = run(host, "shuffles_and_votes", torch.zeros(10, 64))
+    sources = [
+        warp + 3,
+        warp + lane // 8 * 8 + (lane + 1) % 8,
+        torch.where(lane >= 2, t - 2, t),
+        torch.where(lane % 16 >= 3, t - 3, t),
+        torch.where(lane < 27, t + 5, t),
+        t ^ 17,
+    ]
+    for row, source in zip(got, sources, strict=False):
+        assert torch.equal(row, 100.0 * source)
+    assert (got[6] == sum(1 << i for i in range(0, 32, 3)) >> 1).all()
+    assert torch.equal(got[7], (t >= 32).float())
+    assert torch.equal(got[8], (t < 32).float())
+    assert torch.equal(got[9], 100.0 * (warp + torch.where(lane < 12, 11, 12)))
+
+
+def test_atomics(host):
+    got = run(host, "atomics", torch.zeros(7))
+    assert got.tolist() == [2016, 63, -63, 31, 0, 7 + 128, 7 + 128 + 1]
+
+
+def test_indices_of_three_dimensions(host):
+    assert torch.equal(run(host, "indices", torch.zeros(12 * 24)), torch.arange(12 * 24.0))
+
+
+def test_barriers_order_shared_memory(host):
+    t = torch.arange(64)
+    for reverse in (False, True):
+        host.reverse_order(reverse)
+        got = run(host, "ordered", torch.zeros(64))
+        host.reverse_order(False)
+        assert torch.equal(got, 1000.0 * ((t ^ 1) + 2) + (63 - t) + 2)
+
+
+def test_roundings_are_those_of_torch(host):
+    halves = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    between = torch.cat(
+        [halves, torch.nextafter(halves, torch.tensor(0.0)), torch.nextafter(halves, torch.tensor(1e9))]
+    )
+    ties = (halves[:-1] + halves[1:]) / 2
+    every = torch.cat([between, ties, torch.randn(20000) * 10 ** (torch.rand(20000) * 90 - 50)])
+    every = torch.cat([every, torch.tensor([65519.99, 65520.0, -65520.0, 3.4e38, float("inf"), float("nan")])])
+    for numbers in every.split(128 * 64):
+        numbers = torch.nn.functional.pad(numbers, (0, 128 * 64 - len(numbers)))
+        got = run(host, "roundings", torch.stack([numbers, numbers]))
+        expected = torch.stack([numbers.bfloat16().float(), numbers.half().float()])
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert torch.equal(got[~got.isnan()], expected[~got.isnan()])
+        assert torch.equal(got.signbit()[~got.isnan()], expected.signbit()[~got.isnan()])
+
+
+def planted_source(folder, body):
+    source = folder / "kernel.cu"
+    source.write_text(f"#include <cuda_runtime.h>\n__global__ void kernel(float* p) {{\n  {body}\n}}\n")
+    return source
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ("__nanosleep(10);", "__nanosleep"),
+        ("p[0] = __reduce_add_sync(~0u, 1);", "__reduce_add_sync"),
+        ("double4 x = {1, 2, 3, 4};", "double4"),
+    ],
+)
+def test_a_primitive_that_the_harness_lacks_is_named(tmp_path, body, name):
+    message = rf"kernel\.cu:3 uses {name}, which the harness lacks; add it to tests/cuda_host/include/, with a test"
+    with pytest.raises(RuntimeError, match=message):
+        harness.compile_object(planted_source(tmp_path, body), tmp_path / "kernel.o")
+
+
+def test_inline_ptx_is_sent_to_its_place(tmp_path):
+    with pytest.raises(RuntimeError, match=r"kernel\.cu:3 has inline PTX; put it behind a name in csrc/cuda/mma\.cuh"):
+        harness.compile_object(planted_source(tmp_path, 'asm volatile("bar.sync 1, 64;");'), tmp_path / "kernel.o")
+
+
+def test_what_does_not_compile_says_so(tmp_path):
+    with pytest.raises(RuntimeError, match=r"kernel\.cu does not compile for the host\n(.|\n)*invalid conversion"):
+        harness.compile_object(planted_source(tmp_path, "int i = p;".replace("= p", '= "p"')), tmp_path / "kernel.o")
+
+
+# What is broken in csrc/cuda/adamw.cu, and what is said of it.
+BREAKAGES = {
+    "a barrier less": (
+        "    __syncthreads();\n\n    const int64_t chunks",
+        "    const int64_t chunks",
+        "nobody has written shared memory",
+    ),
+    "a tail too long": (
+        "i = packed + threadIdx.x; i < n;",
+        "i = packed + threadIdx.x; i <= n;",
+        "bytes into a tensor of",
+    ),
+    "packs at any address": ("if (addresses % sizeof(Pack<T>) == 0)", "if (true)", "misaligned: an access that needs"),
+    "a chunk too far": ("(int)min(row[kNumel] - begin, (int64_t)kChunk)", "kChunk", "bytes into a tensor of"),
+    "a barrier of some": (
+        "        __syncthreads();\n        if (threadIdx.x == 0)",
+        "        if (threadIdx.x == 0)",
+        "race: ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "instead", "what"), BREAKAGES.values(), ids=BREAKAGES)
+def test_a_broken_kernel_is_noticed_with_its_line(host, tmp_path, text, instead, what):
+    source = ADAMW.read_text()
+    assert source.count(text) == 1
+    broken = tmp_path / "adamw.cu"
+    broken.write_text(source.replace(text, instead).replace('#include "', f'#include "{ADAMW.parent}/'))
+    harness.compile_object(broken, tmp_path / "adamw.o")
+    others = [path for path in harness.folder().glob("*.o") if path.name != "adamw.o"]
+    harness.link([*others, tmp_path / "adamw.o"], tmp_path / "broken.so")
+    params = [unaligned(p).detach().requires_grad_() for p in make([17, 4097, 16385, *range(1, 9)])]
+    groups = [{"params": params[:6]}, {"params": params[6:], "lr": 0.1}]
+    with pytest.MonkeyPatch.context() as patch, harness.cuda_on_host(patch, harness.load(tmp_path / "broken.so")):
+        patch.setenv("FUSETUNE_BACKEND", "cuda")
+        with pytest.raises(
+            RuntimeError, match=rf"^adamw\.cu:\d+: .*{what}.*; block \(\d, 0, 0\), thread \(\d+, 0, 0\)$"
+        ):
+            train(AdamW(groups), params, 2)
+
+
+def adamw_states(dtype, options, backend):
+    """Parameters and states after three steps by one backend."""
+    params = make([1, 15, 257, 4097, 16385, (3, 5, 7)], dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUSETUNE_BACKEND", backend)
+        if backend == "cuda":
+            with harness.cuda_on_host(patch):
+                optimizer = AdamW(params, **options)
+                train(optimizer, params, 3)
+        else:
+            optimizer = AdamW(params, **options)
+            train(optimizer, params, 3)
+    return [*params, *(t for state in optimizer.state.values() for t in state.values())]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_adamw_has_the_bits_of_the_cpu_kernel(dtype, options):
+    torch.manual_seed(0)
+    ours = adamw_states(dtype, options, "cuda")
+    torch.manual_seed(0)
+    assert_equal(ours, adamw_states(dtype, options, "cpu"))
