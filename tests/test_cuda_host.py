@@ -251,3 +251,11 @@ def test_adamw_has_the_bits_of_the_cpu_kernel(dtype, options):
     ours = adamw_states(dtype, options, "cuda")
     torch.manual_seed(0)
     assert_equal(ours, adamw_states(dtype, options, "cpu"))
+
+
+@pytest.mark.last
+def test_every_line_of_the_kernels_is_executed(whole_run):
+    counts = harness.lines_executed()
+    assert {f"csrc/cuda/{path.name}" for path in harness.shipped()} <= counts.keys()
+    missed = {file: [line for line, count in lines.items() if not count] for file, lines in counts.items()}
+    assert not [f"{file}:{line}" for file, lines in missed.items() for line in lines]

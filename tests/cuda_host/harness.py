@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -125,6 +126,9 @@ def link(objects: list[Path], module: Path) -> None:
 def load(module: Path | None = None) -> ModuleType:
     """The module: fusetune's CUDA launchers by their names in the extension, and the kernels of this folder."""
     path = module or build()
+    if module is None:
+        for counts in path.parent.glob("*.gcda"):  # of earlier processes
+            counts.unlink()
     name = f"{path.parent.name}.{MODULE}"  # a module of its own for each path
     loader = ExtensionFileLoader(name, str(path))
     spec = importlib.util.spec_from_loader(name, loader)
@@ -132,6 +136,22 @@ def load(module: Path | None = None) -> ModuleType:
     loaded = importlib.util.module_from_spec(spec)
     loader.exec_module(loaded)
     return loaded
+
+
+def lines_executed() -> dict[str, dict[int, int]]:
+    """How often this process has executed each line of csrc/cuda so far: {file: {line: count}}."""
+    load().write_counts()
+    counts: dict[str, dict[int, int]] = {}
+    for data in folder().glob("*.gcda"):
+        report = subprocess.run(
+            ["gcov", "--json-format", "--stdout", str(data)], cwd=ROOT, check=True, capture_output=True, text=True
+        ).stdout
+        for file in json.loads(report)["files"]:
+            if file["file"].startswith("csrc/cuda/"):
+                of_file = counts.setdefault(file["file"], {})
+                for line in file["lines"]:
+                    of_file[line["line_number"]] = of_file.get(line["line_number"], 0) + line["count"]
+    return counts
 
 
 class HostExtension:
