@@ -34,7 +34,10 @@ struct Who {
 struct Cell {
   uint32_t written = 0, read = 0;
   Who writer, reader;
-  Site write_site, read_site;
+};
+// And where they were: apart, because they are seldom looked at.
+struct Sites {
+  Site write, read;
 };
 
 bool checked = false;
@@ -45,6 +48,7 @@ Range image;   // its code and constants
 Range parameters;
 size_t dynamic_bytes;
 std::vector<Cell> cells;  // of `shared`
+std::vector<Sites> sites;
 
 std::map<uintptr_t, uintptr_t> allowed;  // begin -> end
 Range last_allowed;
@@ -111,6 +115,13 @@ void access_shared(uintptr_t p, size_t bytes, Access access, Site site) {
   const int self = thread_number();
   for (; bytes; bytes--, p++) {
     Cell& cell = cells[p - shared.begin];
+    // Most reads: of what was written before the last barrier, again by the same thread or one of several.
+    const bool read_alike = cell.reader.kind == kReaders || cell.reader.is(self) ||
+                            (cell.reader.kind == kReadersOfWarp && cell.reader.number == self / kWarp);
+    if (access == kRead && cell.read == now && read_alike && cell.written >= block_start &&
+        cell.written < last_barrier && cell.writer.kind != kCopy)
+      continue;
+    Sites& site_of_last = sites[p - shared.begin];
     const bool written = cell.written >= block_start, read = cell.read >= block_start;
     const bool was_atomic = cell.writer.kind == kAtomic || cell.writer.kind == kAtomics;
     const auto race = [&](Who who, const char* did, Site where) {
@@ -122,13 +133,13 @@ void access_shared(uintptr_t p, size_t bytes, Access access, Site site) {
       if (!written) fail(site, name_of(access, bytes) + ": nobody has written " + name_of(p));
       if (cell.writer.kind == kCopy)
         fail(site, name_of(access, bytes) + ": a cp.async to " + name_of(p) + " was not waited for, that of " +
-                       name_of(cell.write_site));
+                       name_of(site_of_last.write));
     }
     const bool ours = !written || cell.writer.is(self) || ordered(cell.written, cell.writer);
     if (!ours && cell.writer.kind != kCopy && !(access == kAtomicUpdate && was_atomic))
-      race(cell.writer, " wrote", cell.write_site);
+      race(cell.writer, " wrote", site_of_last.write);
     const bool only_reader = !read || cell.reader.is(self) || ordered(cell.read, cell.reader);
-    if (access != kRead && !only_reader) race(cell.reader, " read", cell.read_site);
+    if (access != kRead && !only_reader) race(cell.reader, " read", site_of_last.read);
 
     if (access == kRead) {
       const int warp = self / kWarp;
@@ -141,27 +152,27 @@ void access_shared(uintptr_t p, size_t bytes, Access access, Site site) {
         cell.reader = {same_warp ? kReadersOfWarp : kReaders, (uint16_t)warp};
       }
       cell.read = now;
-      cell.read_site = site;
+      site_of_last.read = site;
     } else {
       // A plain write of this thread since the last barrier still counts after its atomic.
       const bool plain = written && cell.writer.kind == kThread && !ordered(cell.written, cell.writer);
       const Kind atomic = !ours ? kAtomics : plain ? kThread : kAtomic;
       cell.writer = {access == kWrite ? kThread : access == kStartCopy ? kCopy : atomic, (uint16_t)self};
       cell.written = now;
-      cell.write_site = site;
+      site_of_last.write = site;
     }
   }
 }
 
 void access_global(uintptr_t p, size_t bytes, Access access, Site site) {
   if (allowed.empty() || (p >= last_allowed.begin && p + bytes <= last_allowed.end)) return;
-  const std::string what = name_of(access, bytes) + " out of bounds: ";
   auto tensor = allowed.upper_bound(p);
-  if (tensor == allowed.begin()) fail(site, what + "in no tensor");
+  if (tensor == allowed.begin()) fail(site, name_of(access, bytes) + " out of bounds: in no tensor");
   --tensor;
   const auto [begin, end] = *tensor;
   if (p + bytes > end)
-    fail(site, what + std::to_string(p - begin) + " bytes into a tensor of " + std::to_string(end - begin));
+    fail(site, name_of(access, bytes) + " out of bounds: " + std::to_string(p - begin) + " bytes into a tensor of " +
+                   std::to_string(end - begin));
   last_allowed = {begin, end};
 }
 
@@ -246,6 +257,7 @@ void prepare_memory() {
   fusetune::cuda::dynamic_shared[0] = {};  // gives this OS thread its copy
   dl_iterate_phdr(find_module, (void*)prepare_memory);
   cells.resize(shared.end - shared.begin);
+  sites.resize(cells.size());
 }
 
 void begin_block(size_t dynamic_shared_bytes, const void* kernel_parameters) {
