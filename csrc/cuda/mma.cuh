@@ -1,5 +1,5 @@
-// Tensor-core and copy instructions of sm_80 and later behind names: inline PTX on the device, and for the tests that run
-// kernels on the host the same functions in tests/cuda_host/include/mma_host.h.
+// Tensor-core and copy instructions of sm_80 and later behind names: inline PTX on the device, and for the tests that
+// run kernels on the host the same functions in tests/cuda_host/include/mma_host.h.
 //
 // How the lanes of a warp hold matrices (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", "Matrix
 // Fragments for mma.m16n8k8" and "Warp-level matrix load instruction: ldmatrix"). With g = lane / 4 and t = lane % 4, a
@@ -17,9 +17,9 @@
 //               d[2]  [g + 8, 2t]
 //               d[3]  [g + 8, 2t + 1]
 //
-//   ldmatrix, 8 x 8 matrices of 16-bit elements: lane 8i + r gives the address of row r of matrix i, and register i of a
-//   lane becomes [g, 2t], [g, 2t + 1] of matrix i; with .trans [2t, g], [2t + 1, g]. So A in rows of k loads plainly, B in
-//   rows of k (its [n, k] storage) plainly, and B in rows of n (its [k, n] storage) with .trans.
+//   ldmatrix, 8 x 8 matrices of 16-bit elements: lane 8i + r gives the address of row r of matrix i, and register i of
+//   a lane becomes [g, 2t], [g, 2t + 1] of matrix i; with .trans [2t, g], [2t + 1, g]. Plain loads thus suit A stored
+//   as [m, k] and B stored as [n, k]; .trans suits A stored as [k, m] and B stored as [k, n].
 //
 // ldmatrix and mma are for whole warps: every lane must reach the same call.
 #pragma once
@@ -37,8 +37,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return (uint32_t)__cvta_generic_to_shared(shared);
 }
 
-// Two or four 8 x 8 matrices from shared memory. row: 16-byte aligned, of lanes 0-15 (x2, from the others it is not read)
-// or of all lanes (x4).
+// Two or four 8 x 8 matrices from shared memory. row: a multiple of 16 bytes, given by lanes 0-15 (x2; not read from the
+// others) or by all lanes (x4).
 __device__ __forceinline__ void ldmatrix_x2(uint32_t (&d)[2], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                : "=r"(d[0]), "=r"(d[1])
@@ -67,8 +67,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&d)[4], const void* 
                : "memory");
 }
 
-// D += A B for T = __half or __nv_bfloat16, with float accumulators. Volatile, as the next, because it is an instruction of
-// the whole warp: the compiler must not move it into a branch.
+// D += A B for T = __half or __nv_bfloat16, with float accumulators. Volatile, as the next, because it is an instruction
+// of the whole warp: the compiler must not move it into a branch.
 template <class T>
 __device__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) = delete;
 
@@ -91,7 +91,7 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// D += A B of tf32 operands: the bits of floats, whose low 13 are ignored. to_tf32 rounds; without it they are truncated.
+// D += A B of tf32 operands: the bits of floats, whose low 13 are ignored. to_tf32 rounds; without it they are cut off.
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -118,7 +118,7 @@ __device__ __forceinline__ void copy_async_16(void* shared, const void* global, 
 // Makes a group of the copies that this thread has started since the last one.
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most `pending` of this thread's last groups are under way. Other threads see what came after a barrier.
+// Waits until at most `pending` of this thread's last groups are under way. Other threads see the rest after a barrier.
 template <int pending>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
