@@ -29,8 +29,8 @@ class Kernels(NamedTuple):
 def host_kernels(monkeypatch):
     if reason := harness.why_not():
         pytest.skip(reason)
-    with harness.cuda_on_host(monkeypatch) as module:
-        yield Kernels(module, torch.device("cpu"))
+    with harness.cuda_on_host(monkeypatch):
+        yield Kernels(harness.load(), torch.device("cpu"))
 
 
 @pytest.fixture(params=["cuda-host", pytest.param("cuda-gpu", marks=pytest.mark.gpu)])

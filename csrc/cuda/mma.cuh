@@ -37,8 +37,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return (uint32_t)__cvta_generic_to_shared(shared);
 }
 
-// Two or four 8 x 8 matrices from shared memory. row: a multiple of 16 bytes, given by lanes 0-15 (x2; not read from the
-// others) or by all lanes (x4).
+// Two or four 8 x 8 matrices from shared memory. row: a multiple of 16 bytes, of lanes 0-15 (x2, which ignores the other
+// lanes' addresses) or of all lanes (x4).
 __device__ __forceinline__ void ldmatrix_x2(uint32_t (&d)[2], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                : "=r"(d[0]), "=r"(d[1])
@@ -67,8 +67,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&d)[4], const void* 
                : "memory");
 }
 
-// D += A B for T = __half or __nv_bfloat16, with float accumulators. Volatile, as the next, because it is an instruction
-// of the whole warp: the compiler must not move it into a branch.
+// D += A B for T = __half or __nv_bfloat16, with float accumulators. Volatile, as the next, because it is for the whole
+// warp: the compiler must not move it into a branch.
 template <class T>
 __device__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) = delete;
 

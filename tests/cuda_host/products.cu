@@ -1,6 +1,6 @@
 // A tiled matrix product through csrc/cuda/mma.cuh: the primitives in use, at a size that can be read. A block of 2 x 2
-// warps computes a tile of 64 x 64, each warp 32 x 32 of it, from tiles of 32 elements of K; these are copied while those
-// before them are multiplied.
+// warps computes a tile of 64 x 64, each warp 32 x 32 of it, from tiles of 32 elements of K: the next ones are copied
+// while these are multiplied.
 #include "products.h"
 
 #include "../../csrc/cuda/launch.h"
