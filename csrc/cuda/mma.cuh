@@ -37,8 +37,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return (uint32_t)__cvta_generic_to_shared(shared);
 }
 
-// Two or four 8 x 8 matrices from shared memory. row: a multiple of 16 bytes, of lanes 0-15 (x2, which ignores the other
-// lanes' addresses) or of all lanes (x4).
+// Two or four 8 x 8 matrices from shared memory. row: a multiple of 16 bytes, of lanes 0-15 (x2, which ignores those of
+// the other lanes) or of all lanes (x4).
 __device__ __forceinline__ void ldmatrix_x2(uint32_t (&d)[2], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                : "=r"(d[0]), "=r"(d[1])
