@@ -115,6 +115,18 @@ def test_product_carries_infinities_and_nans(kernels):
     torch.testing.assert_close(got, a.float() @ b.float(), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_product_does_not_depend_on_the_order_of_threads(host_kernels, dtype):
+    a, b = torch.randn(70, 40).to(dtype), torch.randn(40, 72).to(dtype)
+    forward = product(host_kernels, a, b, dtype)
+    host_kernels.module.reverse_order(True)
+    try:
+        backward = product(host_kernels, a, b, dtype)
+    finally:
+        host_kernels.module.reverse_order(False)
+    assert torch.equal(forward, backward)
+
+
 @pytest.mark.skipif(not harness.nvcc(), reason="nvcc is missing")
 def test_kernels_compile_for_gpus(tmp_path):
     harness.compile_for_gpu("sm_80", tmp_path / "module.so")
@@ -195,7 +207,7 @@ def test_to_tf32(kernels):
         [
             torch.randn(1000),
             torch.randn(1000) * 1e-39,  # subnormal
-            torch.tensor([0.0, -0.0, 1.0, torch.inf, -torch.inf, torch.finfo(torch.float32).max]),
+            torch.tensor([0.0, -0.0, 1.0, torch.finfo(torch.float32).max, torch.inf, -torch.inf, torch.nan]),
             1 + torch.arange(16.0) * 2**-11,  # every other one is halfway
             -1 - torch.arange(16.0) * 2**-11,
             (1 + torch.arange(16.0) * 2**-11) * (1 - 2**-23),
@@ -204,7 +216,7 @@ def test_to_tf32(kernels):
     bits = torch.empty(len(x), dtype=torch.int32, device=kernels.device)
     kernels("round_to_tf32", x, bits, len(x))
     got = (bits.cpu() & ~0x1FFF).view(torch.float32)
-    assert torch.equal(got, to_tf32(x.cpu()))
+    torch.testing.assert_close(got, to_tf32(x.cpu()), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("trans", [False, True])

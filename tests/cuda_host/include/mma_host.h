@@ -109,8 +109,6 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
 inline uint32_t to_tf32(float x) { return x != x ? 0x7FFFFFFF : (__float_as_uint(x) + 0x1000) & ~0x1FFFu; }
 
 inline void copy_async_16(void* shared, const void* global, int source_bytes = 16, CUDA_HOST_CALLER) {
-  if (source_bytes < 0 || source_bytes > 16)
-    cuda_host::fail({file, line}, "cp.async of 16 bytes reads " + std::to_string(source_bytes));
   cuda_host::copy_async(shared, global, 16, source_bytes, {file, line});
 }
 
