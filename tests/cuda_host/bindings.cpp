@@ -3,6 +3,7 @@
 
 #include "../../csrc/adamw.h"
 #include "planted.h"
+#include "products.h"
 #include "runtime.h"
 
 namespace py = pybind11;
@@ -22,6 +23,13 @@ auto launcher(void (*launch)(Arguments...)) {
 }  // namespace
 
 PYBIND11_MODULE(fusetune_cuda_host, m) {
+  m.def("product", launcher(fusetune::cuda::product));
+  m.def("load_fragments", launcher(fusetune::cuda::load_fragments));
+  m.def("multiply_fragments", launcher(fusetune::cuda::multiply_fragments));
+  m.def("round_to_tf32", launcher(fusetune::cuda::round_to_tf32));
+  m.def("copy_groups", launcher(fusetune::cuda::copy_groups));
+
+#ifndef ON_GPU
   m.def("cuda_adamw_step", launcher(fusetune::cuda::adamw_step));
 
   m.def("planted", [](const std::string& name, uintptr_t out, int size) { planted(name, (float*)out, size); });
@@ -29,4 +37,5 @@ PYBIND11_MODULE(fusetune_cuda_host, m) {
   m.def("forget_allowed", &cuda_host::forget_allowed);
   m.def("write_counts", &__gcov_dump);
   m.def("reverse_order", &cuda_host::reverse_order);
+#endif
 }

@@ -30,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 MODULE = "fusetune_cuda_host"
 INCLUDE = "tests/cuda_host/include"
+ON_GPU = ("products.cu", "fragments.cu")
 
 COMMON = ["-std=c++17", "-g", "-fPIC", "-fvisibility=hidden"]
 # As nvcc has it: no contraction beyond explicit FMAs (AdamW is compiled so), type punning by pointers, #pragma unroll.
@@ -117,6 +118,9 @@ def build() -> Path:
 
 
 def link(objects: list[Path], module: Path) -> None:
+    # Of an inline function that several objects have, the linker takes the first: the harness's, without checks.
+    unchecked = {path.stem for path in HERE.glob("*.cpp")}
+    objects = sorted(objects, key=lambda path: path.stem not in unchecked)
     partial = module.with_suffix(".partial")
     subprocess.run([compiler() or "g++", "-shared", "--coverage", *map(str, objects), "-o", str(partial)], check=True)
     partial.rename(module)
@@ -152,6 +156,41 @@ def lines_executed() -> dict[str, dict[int, int]]:
                 for line in file["lines"]:
                     of_file[line["line_number"]] = of_file.get(line["line_number"], 0) + line["count"]
     return counts
+
+
+def nvcc() -> str | None:
+    return os.environ.get("CUDACXX") or shutil.which("nvcc")
+
+
+def compile_for_gpu(arch: str, module: Path) -> None:
+    """Compiles those kernels of this folder that also run on a GPU; `arch` is nvcc's option.
+
+    Raises:
+        RuntimeError: nvcc's errors and warnings, of which spilled registers are one.
+    """
+    import pybind11
+
+    options = [
+        *("-std=c++17", f"-arch={arch}", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DON_GPU"),
+        *("-Xptxas=-warn-spills", "-Werror=all-warnings"),
+        *(f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"),
+    ]
+    sources = [str(HERE / name) for name in ("bindings.cpp", *ON_GPU)]
+    command = [nvcc() or "nvcc", *options, *sources, "-o", str(module)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"cuda_host: {', '.join(ON_GPU)} do not compile for {arch}\n{done.stdout}{done.stderr}")
+
+
+def load_for_gpu() -> ModuleType:
+    """The kernels of this folder on the GPU that is here."""
+    module = build().parent / "gpu" / f"{MODULE}.so"
+    if not module.exists():
+        module.parent.mkdir(exist_ok=True)
+        partial = module.with_suffix(".partial")
+        compile_for_gpu("native", partial)
+        partial.rename(module)
+    return load(module)
 
 
 class HostExtension:

@@ -232,6 +232,8 @@ void copy_async(void* to, const void* from, int bytes, int source_bytes, Site si
   check_multiple(to, bytes, "cp.async", site);
   check_multiple(from, bytes, "cp.async", site);
   if (!shared.has((uintptr_t)to)) fail(site, "cp.async to what is not in shared memory");
+  if (source_bytes < 0 || source_bytes > bytes)
+    fail(site, "cp.async of " + std::to_string(bytes) + " bytes reads " + std::to_string(source_bytes));
   access_memory(to, bytes, kStartCopy, site);
   if (source_bytes) access_memory(from, source_bytes, kRead, site);
   Copies& mine = copies[thread_number()];
