@@ -10,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml constraints.txt requirements-demo.txt setup.py CMakeLists.txt $(shell find csrc -type f)
-CXX := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CXX := $(shell find csrc tests/cuda_host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test bench lint format clean
 

@@ -113,7 +113,7 @@ void access_shared(uintptr_t p, size_t bytes, Access access, Site site) {
     fail(site, name_of(access, bytes) + " out of bounds: " + name_of(p) + ", of which there are " +
                    std::to_string(dynamic_bytes));
   const int self = thread_number();
-  for (; bytes; bytes--, p++) {
+  for (const uintptr_t end = p + bytes; p < end; p++) {
     Cell& cell = cells[p - shared.begin];
     // Most reads: of what was written before the last barrier, again by the same thread or one of several.
     const bool read_alike = cell.reader.kind == kReaders || cell.reader.is(self) ||
@@ -219,9 +219,9 @@ void atomic_access(const void* p, size_t bytes, Site site) {
 }
 
 void lane_read(int lane, void* to, const void* p, int bytes, Site site) {
+  act_as_lane(lane);
   check_multiple(p, bytes, "a read", site);
   if (!shared.has((uintptr_t)p)) fail(site, "read of what is not in shared memory");
-  act_as_lane(lane);
   access_shared((uintptr_t)p, bytes, kRead, site);
   act_as_lane(-1);
   memcpy(to, p, bytes);
@@ -316,10 +316,12 @@ struct AlignmentCheck {
   unsigned char log_alignment;
 };
 void __ubsan_handle_type_mismatch_v1(AlignmentCheck* check, uintptr_t p) {
+  const Unchecked unchecked;
   const int bytes = 1 << check->log_alignment;
   misaligned("an access", bytes, (int)(p % bytes), {check->at.file, (int)check->at.line});
 }
 void __ubsan_handle_out_of_bounds(SourceLine* at, uintptr_t index) {
+  const Unchecked unchecked;
   fail({at->file, (int)at->line}, "out of bounds: index " + std::to_string((int)index));
 }
 }

@@ -1,10 +1,10 @@
 // Small kernels for the tests of the harness: most have a bug each, which it must find; the last ones are right.
 #include "planted.h"
 
-#include <map>
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <map>
 
 #include "../../csrc/cuda/launch.h"
 
