@@ -73,6 +73,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("adamw_step", cpu_launcher(fusetune::cpu::adamw_step), "table"_a, "rows"_a, "hypers"_a, "grad_scale"_a,
         "found_inf"_a, "threads"_a);
 #ifdef FUSETUNE_WITH_CUDA
+  m.def("cuda_lora_forward", cuda_launcher(fusetune::cuda::lora_forward), "x"_a, "a"_a, "b"_a, "bias"_a, "y0"_a, "s"_a,
+        "M"_a, "N"_a, "K"_a, "R"_a, "x_row"_a, "scale"_a, "dropout_p"_a, "seed"_a, "dtype"_a, "adapter_dtype"_a,
+        "stream"_a);
+  m.def("cuda_lora_workspace", fusetune::cuda::lora_workspace, "M"_a, "N"_a, "K"_a, "R"_a);
+  m.def("cuda_lora_backward", cuda_launcher(fusetune::cuda::lora_backward), "dy"_a, "x"_a, "a"_a, "b"_a, "s"_a, "dx0"_a,
+        "da"_a, "db"_a, "workspace"_a, "M"_a, "N"_a, "K"_a, "R"_a, "dy_row"_a, "x_row"_a, "scale"_a, "dropout_p"_a,
+        "seed"_a, "dtype"_a, "adapter_dtype"_a, "stream"_a);
   m.def("cuda_adamw_step", cuda_launcher(fusetune::cuda::adamw_step), "table"_a, "rows"_a, "hypers"_a, "grad_scale"_a,
         "found_inf"_a, "stream"_a);
 #endif

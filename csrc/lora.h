@@ -51,3 +51,20 @@ using LoraBackward = void(const void* dy,  // [M, N], rows dy_row elements apart
 FUSETUNE_LAUNCHER(LoraBackward, lora_backward)
 
 }  // namespace fusetune::cpu
+
+namespace fusetune::cuda {
+
+// As above. y0 and dx0 have x's dtype; seed is on the device, and not read without dropout.
+void lora_forward(const void* x, const void* a, const void* b, const void* bias, void* y0, float* s, int64_t M,
+                  int64_t N, int64_t K, int64_t R, int64_t x_row, float scale, double dropout_p, const int64_t* seed,
+                  int dtype, int adapter_dtype, void* stream);
+
+// Floats of the workspace that backward takes: ds, and the parts of da or db.
+int64_t lora_workspace(int64_t M, int64_t N, int64_t K, int64_t R);
+
+void lora_backward(const void* dy, const void* x, const void* a, const void* b, const float* s, void* dx0, void* da,
+                   void* db, float* workspace, int64_t M, int64_t N, int64_t K, int64_t R, int64_t dy_row,
+                   int64_t x_row, float scale, double dropout_p, const int64_t* seed, int dtype, int adapter_dtype,
+                   void* stream);
+
+}  // namespace fusetune::cuda

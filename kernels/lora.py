@@ -240,7 +240,6 @@ def forward(
     """Writes y0 to y, and s. Arguments as in csrc/lora.h; seed is a one-element int64 tensor, or None."""
     K, R = x.shape[1], a.shape[0]
     threshold, kept_scale = dropped(dropout_p)
-    bias = None if bias is None else bias.contiguous()
     with device.guard(x.device):
         down(x, a, (K, 1), s, kept_scale, threshold, seed)
         up(s, b, (1, R), bias, y, x.dtype, scale, 0, None)

@@ -100,4 +100,47 @@ def flash_attention_backward(
     threads: int,
 ) -> None: ...
 def adamw_step(table: int, rows: int, hypers: int, grad_scale: int, found_inf: int, threads: int) -> None: ...
+def cuda_lora_forward(
+    x: int,
+    a: int,
+    b: int,
+    bias: int,
+    y0: int,
+    s: int,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    x_row: int,
+    scale: float,
+    dropout_p: float,
+    seed: int,
+    dtype: int,
+    adapter_dtype: int,
+    stream: int,
+) -> None: ...
+def cuda_lora_workspace(M: int, N: int, K: int, R: int) -> int: ...
+def cuda_lora_backward(
+    dy: int,
+    x: int,
+    a: int,
+    b: int,
+    s: int,
+    dx0: int,
+    da: int,
+    db: int,
+    workspace: int,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    dy_row: int,
+    x_row: int,
+    scale: float,
+    dropout_p: float,
+    seed: int,
+    dtype: int,
+    adapter_dtype: int,
+    stream: int,
+) -> None: ...
 def cuda_adamw_step(table: int, rows: int, hypers: int, grad_scale: int, found_inf: int, stream: int) -> None: ...

@@ -140,18 +140,30 @@ def _forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     x, a, b = _rows(x), a.contiguous(), b.contiguous()
-    dtype = gemm_dtype(x.device.type, x.dtype)
+    bias = None if bias is None else bias.contiguous()
+    backend = choose("lora", x.device)
+    dtype = gemm_dtype(x.device.type, x.dtype) if backend == "cpu" else x.dtype
     y = x.new_empty(x.shape[0], w.shape[0], dtype=dtype)
     s = x.new_empty(x.shape[0], a.shape[0], dtype=torch.float32)
-    if choose("lora", x.device) == "cpu":
-        bias = None if bias is None else bias.contiguous()
+    tensors = [_native.address(t) for t in (x, a, b, bias, y, s)]
+    sizes = (x.shape[0], w.shape[0], x.shape[1], a.shape[0], x.stride(0))
+    if backend == "cpu":
         _native.extension().lora_forward(
-            *map(_native.address, (x, a, b, bias, y, s)),
-            *(x.shape[0], w.shape[0], x.shape[1], a.shape[0], x.stride(0)),
+            *tensors,
+            *sizes,
             *(scale, dropout_p, 0 if seed is None else int(seed)),
             *map(_native.code, (x.dtype, a.dtype, y.dtype)),
             _native.threads(),
         )
+    elif backend == "cuda":
+        with _native.current_stream(x.device) as stream:
+            _native.extension().cuda_lora_forward(
+                *tensors,
+                *sizes,
+                *(scale, dropout_p, _native.address(seed)),
+                *map(_native.code, (x.dtype, a.dtype)),
+                stream,
+            )
     else:
         from fusetune.kernels import lora as triton_lora
 
@@ -175,19 +187,35 @@ def _backward(
     needs_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy, x, a, b = _rows(dy), _rows(x), a.contiguous(), b.contiguous()
-    dtype = gemm_dtype(x.device.type, x.dtype)
+    backend = choose("lora", x.device)
+    dtype = gemm_dtype(x.device.type, x.dtype) if backend == "cpu" else x.dtype
     dx = x.new_empty(x.shape if needs_dx else 0, dtype=dtype)
     da = a.new_empty(a.shape if needs_da else 0)
     db = b.new_empty(b.shape if needs_db else 0)
-    if choose("lora", x.device) == "cpu":
+    tensors = [_native.address(t) for t in (dy, x, a, b, s)]
+    tensors += [_native.address(t) if t.numel() else 0 for t in (dx, da, db)]
+    sizes = (x.shape[0], w.shape[0], x.shape[1], a.shape[0])
+    if backend == "cpu":
         _native.extension().lora_backward(
-            *map(_native.address, (dy, x, a, b, s)),
-            *(_native.address(out) if out.numel() else 0 for out in (dx, da, db)),
-            *(x.shape[0], w.shape[0], x.shape[1], a.shape[0], dy.stride(0), x.stride(0)),
+            *tensors,
+            *sizes,
+            *(dy.stride(0), x.stride(0)),
             *(scale, dropout_p, 0 if seed is None else int(seed)),
             *map(_native.code, (x.dtype, a.dtype, dx.dtype)),
             _native.threads(),
         )
+    elif backend == "cuda":
+        with _native.current_stream(x.device) as stream:
+            workspace = s.new_empty(_native.extension().cuda_lora_workspace(*sizes))
+            _native.extension().cuda_lora_backward(
+                *tensors,
+                _native.address(workspace),
+                *sizes,
+                *(dy.stride(0), x.stride(0)),
+                *(scale, dropout_p, _native.address(seed)),
+                *map(_native.code, (x.dtype, a.dtype)),
+                stream,
+            )
     else:
         from fusetune.kernels import lora as triton_lora
 
