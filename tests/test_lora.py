@@ -102,6 +102,24 @@ def test_x_in_three_dimensions_that_no_view_flattens(backend):
     compare(inputs)
 
 
+def test_rows_that_need_64_bit_indices(backend):
+    """Of 4 GiB of float16 that are reserved on a CPU and never touched, but for the rows of x and dy."""
+    step = 2**30 + 8
+    memory = torch.empty(2 * step + 128, dtype=FP16, device=backend.device)
+    x, dy = memory.as_strided((3, 37), (step, 1)), memory.as_strided((3, 29), (step, 1), 64)
+    inputs = make((3, 37, 29, 5), FP16, FP32, backend.device)
+    inputs["w"] = torch.zeros_like(inputs["w"])  # no product of torch's
+    x.copy_(inputs["x"].detach())
+    dy.copy_(torch.randn(3, 29))
+    far = {**inputs, "x": x.requires_grad_()}
+
+    def run(inputs, dy):
+        torch.manual_seed(7)
+        return gradients(lambda **t: lora_linear(**t, scale=0.5, dropout_p=0.25), inputs, dy)
+
+    assert_same(run(inputs, dy.contiguous()), run(far, dy))
+
+
 @pytest.mark.parametrize("bias", ["none", "frozen", "trained"])
 def test_bias(backend, bias):
     inputs = make((17, 19, 23, 4), device=backend.device, bias=bias != "none")

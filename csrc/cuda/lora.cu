@@ -62,24 +62,26 @@ struct Matrix {
   int64_t rows, cols;
 
   __device__ bool aligned() const { return ((uintptr_t)p | (uintptr_t)(row * sizeof(T))) % 16 == 0; }
-  // Elements of row r from column c on that lie in the matrix.
-  __device__ int64_t left(int64_t r, int64_t c) const { return r < rows ? cols - c : 0; }
+  // Elements from [r, c] to the end of the row; none below the last row.
+  __device__ int64_t remaining(int64_t r, int64_t c) const { return r < rows ? cols - c : 0; }
 
   // Elements [r, c .. c + 8), zeros outside the matrix; c is a multiple of 8.
   __device__ Eight<std::remove_const_t<T>> load(int64_t r, int64_t c, bool aligned) const {
     Eight<std::remove_const_t<T>> v = {};
-    const int64_t n = left(r, c);
+    const int64_t n = remaining(r, c);
     if (aligned && n >= 8) return *(const Eight<std::remove_const_t<T>>*)(p + r * row + c);
+#pragma unroll
     for (int j = 0; j < 8; j++)
       if (j < n) v.at[j] = p[r * row + c + j];
     return v;
   }
   __device__ void store(int64_t r, int64_t c, const Eight<T>& v, bool aligned) const {
-    const int64_t n = left(r, c);
+    const int64_t n = remaining(r, c);
     if (aligned && n >= 8) {
       *(Eight<T>*)(p + r * row + c) = v;
       return;
     }
+#pragma unroll
     for (int j = 0; j < 8; j++)
       if (j < n) p[r * row + c + j] = v.at[j];
   }
@@ -93,8 +95,8 @@ __device__ Eight<To> convert(const Eight<From>& from) {
   return to;
 }
 
-// A matrix in shared memory. Its rows are 16 bytes apart modulo 128, so that the eight rows of an 8 x 8 matrix of
-// ldmatrix, and eight neighbouring floats of a column, lie in different banks.
+// A matrix in shared memory. From row to row it is an odd multiple of 16 bytes, so that eight rows of ldmatrix, or
+// eight floats of a column, lie in different banks.
 template <class T, int kHeight, int kWidth>
 struct alignas(16) Tile {
   T at[kHeight][kWidth + 16 / sizeof(T)];
@@ -213,9 +215,10 @@ struct MmaProduct {
   template <bool kLeftByDepth, bool kRightByDepth, class Left, class Right>
   __device__ void add(const Left& left, const Right& right, int depth) {
     const int i0 = threadIdx.x / 32 * (I / 4), lane = threadIdx.x % 32;
-    // Four 8 x 8 matrices: at [0, 0], [8, 0], [0, 8], [8, 8] of the left's [i, k], and so of the right's [k, j].
-    const int near = lane % 8 + lane / 8 % 2 * 8, far = lane / 16 * 8;  // of the address that this lane gives
-    const int at = lane % 8;
+    // Lanes 8 q .. 8 q + 7 give ldmatrix the rows of the q-th of four 8 x 8 matrices, which lie in a tile one below
+    // another and then beside, or beside one another and then below.
+    const int below_row = lane % 16, below_col = lane / 16 * 8;
+    const int beside_row = lane % 8 + lane / 16 * 8, beside_col = lane / 8 % 2 * 8;
 #pragma unroll 1
     for (int k = 0; k < depth; k += 16) {
       uint32_t l[I / 64][4], r[4];
@@ -223,16 +226,16 @@ struct MmaProduct {
       for (int e = 0; e < I / 64; e++) {
         const int i = i0 + 16 * e;
         if constexpr (kLeftByDepth)
-          ldmatrix_x4_trans(l[e], &left.at[k + at + lane / 16 * 8][i + lane / 8 % 2 * 8]);
+          ldmatrix_x4_trans(l[e], &left.at[k + beside_row][i + beside_col]);
         else
-          ldmatrix_x4(l[e], &left.at[i + near][k + far]);
+          ldmatrix_x4(l[e], &left.at[i + below_row][k + below_col]);
       }
 #pragma unroll
       for (int j = 0; j < J; j += 16) {
         if constexpr (kRightByDepth)
-          ldmatrix_x4_trans(r, &right.at[k + near][j + far]);
+          ldmatrix_x4_trans(r, &right.at[k + below_row][j + below_col]);
         else
-          ldmatrix_x4(r, &right.at[j + at + lane / 16 * 8][k + lane / 8 % 2 * 8]);
+          ldmatrix_x4(r, &right.at[j + beside_row][k + beside_col]);
 #pragma unroll
         for (int e = 0; e < I / 64; e++) {
           mma_m16n8k16<T>(acc[e][j / 8], l[e], r[0], r[1]);
@@ -320,8 +323,8 @@ __global__ void __launch_bounds__(kThreads)
 
   const Matrix<const X> biases{bias, 0, out.rows, out.cols};  // a matrix of equal rows
   const bool aligned = out.aligned(), bias_aligned = biases.aligned();
-  for (int e = threadIdx.x; e < kRows * kCols / 8; e += kThreads) {
-    const int r = e / (kCols / 8), c = e % (kCols / 8) * 8;
+  for (int i = threadIdx.x; i < kRows * kCols / 8; i += kThreads) {
+    const int r = i / (kCols / 8), c = i % (kCols / 8) * 8;
     Eight<float> v = tiles.wide.eight(r, c);
     if (dropout.threshold) tiles.mask.apply(r, c, v);
     if (bias) {
@@ -462,9 +465,9 @@ void lora_forward(const void* x, const void* a, const void* b, const void* bias,
   with_types(dtype, adapter_dtype, R, [&](auto x_type, auto w_type, auto rank) {
     using X = typename decltype(x_type)::type;
     using W = typename decltype(w_type)::type;
-    const Launch<X, W, rank> launch{"lora_forward", stream, M, R};
-    launch.start_down(x, x_row, K, {{(const W*)a, K, R, K}, false}, s, dropout.scale, dropout);
-    launch.start_up(s, {{(const W*)b, R, N, R}, true}, bias, y0, N, scale, Dropout::none());
+    const Launch<X, W, rank> with{"lora_forward", stream, M, R};
+    with.start_down(x, x_row, K, {{(const W*)a, K, R, K}, false}, s, dropout.scale, dropout);
+    with.start_up(s, {{(const W*)b, R, N, R}, true}, bias, y0, N, scale, Dropout::none());
   });
 }
 
@@ -477,11 +480,11 @@ void lora_backward(const void* dy, const void* x, const void* a, const void* b, 
   with_types(dtype, adapter_dtype, R, [&](auto x_type, auto w_type, auto rank) {
     using X = typename decltype(x_type)::type;
     using W = typename decltype(w_type)::type;
-    const Launch<X, W, rank> launch{"lora_backward", stream, M, R};
-    if (dx0 || da) launch.start_down(dy, dy_row, N, {{(const W*)b, R, N, R}, true}, ds, scale, Dropout::none());
-    if (dx0) launch.start_up(ds, {{(const W*)a, K, R, K}, false}, nullptr, dx0, K, dropout.scale, dropout);
-    if (da) launch.start_outer(ds, x, x_row, K, da, false, parts, dropout.scale, dropout);
-    if (db) launch.start_outer(s, dy, dy_row, N, db, true, parts, scale, Dropout::none());
+    const Launch<X, W, rank> with{"lora_backward", stream, M, R};
+    if (dx0 || da) with.start_down(dy, dy_row, N, {{(const W*)b, R, N, R}, true}, ds, scale, Dropout::none());
+    if (dx0) with.start_up(ds, {{(const W*)a, K, R, K}, false}, nullptr, dx0, K, dropout.scale, dropout);
+    if (da) with.start_outer(ds, x, x_row, K, da, false, parts, dropout.scale, dropout);
+    if (db) with.start_outer(s, dy, dy_row, N, db, true, parts, scale, Dropout::none());
   });
 }
 

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "../../csrc/adamw.h"
+#include "../../csrc/lora.h"
 #include "planted.h"
 #include "products.h"
 #include "runtime.h"
@@ -31,6 +32,9 @@ PYBIND11_MODULE(fusetune_cuda_host, m) {
 
 #ifndef ON_GPU
   m.def("cuda_adamw_step", launcher(fusetune::cuda::adamw_step));
+  m.def("cuda_lora_forward", launcher(fusetune::cuda::lora_forward));
+  m.def("cuda_lora_backward", launcher(fusetune::cuda::lora_backward));
+  m.def("cuda_lora_workspace", fusetune::cuda::lora_workspace);
 
   m.def("planted", [](const std::string& name, uintptr_t out, int size) { planted(name, (float*)out, size); });
   m.def("allow", [](uintptr_t begin, size_t bytes) { cuda_host::allow((void*)begin, bytes); });
