@@ -179,8 +179,8 @@ void access_global(uintptr_t p, size_t bytes, Access access, Site site) {
 void access_memory(const void* address, size_t bytes, Access access, Site site) {
   const uintptr_t p = (uintptr_t)address;
   if (shared.has(p)) return access_shared(p, bytes, access, site);
-  if (in_stacks(p, true) || image.has(p) || parameters.has(p)) return;
-  if (in_stacks(p, false)) fail(site, name_of(access, bytes) + " in the local memory of another thread");
+  if (parameters.has(p)) return;
+  if (in_stacks(p)) fail(site, name_of(access, bytes) + " in the local memory of another thread");
   access_global(p, bytes, access, site);
 }
 
@@ -280,8 +280,9 @@ using namespace cuda_host;
 // The kernel's code that calls one of these functions.
 #define CALLER Site{__builtin_return_address(0), 0}
 
-static void instrumented(const void* p, size_t bytes, Access access, Site site) {
-  if (!checked) return;
+static inline void instrumented(const void* p, size_t bytes, Access access, Site site) {
+  // Most accesses: to local memory, and to counters of lines executed.
+  if ((uintptr_t)p - own_stack < kStack || image.has((uintptr_t)p) || !checked) return;
   const Unchecked unchecked;
   access_memory(p, bytes, access, site);
 }

@@ -20,6 +20,8 @@ namespace cuda_host {
 constexpr int kWarp = 32;
 constexpr int kMostThreads = 1024;          // of a block
 constexpr size_t kMostShared = 227 * 1024;  // bytes of dynamic shared memory, as on sm_90
+constexpr size_t kStack = 128 * 1024;       // bytes of a thread's local memory
+extern uintptr_t own_stack;                 // where that of the thread that runs begins
 
 // A line of a kernel; or, with line 0, an address in its code.
 struct Site {
@@ -77,7 +79,7 @@ void begin_block(size_t dynamic_shared_bytes, const void* parameters);
 void barrier_passed();
 void warp_barrier_passed(int warp);
 void check_accesses(bool on);
-bool in_stacks(uintptr_t p, bool own);
+bool in_stacks(uintptr_t p);  // of any thread
 
 // The harness's own accesses, until it returns to the kernel.
 struct Unchecked {

@@ -15,10 +15,13 @@ uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace cuda_host {
+
+uintptr_t own_stack;
+
 namespace {
 
-// Stacks begin at different offsets within their 128 KiB: at equal ones they would share the same few lines of the cache.
-constexpr size_t kStack = 128 * 1024, kGuard = 4096, kStagger = 256;
+// Stacks begin at different offsets within their ranges: at equal ones they would share the same few lines of the cache.
+constexpr size_t kGuard = 4096, kStagger = 256;
 
 enum State { kReady, kAtBarrier, kInWarp, kReturned };
 
@@ -65,6 +68,7 @@ void resume(int number) {
   current = number;
   Fiber& fiber = fibers[number];
   threadIdx = fiber.index;
+  own_stack = (uintptr_t)stacks + number * kStack;
   if (_setjmp(scheduler)) return;
   if (fiber.started) _longjmp(fiber.context, 1);
   fiber.started = true;
@@ -204,10 +208,7 @@ std::string name_of(Site site) {
   return line;
 }
 
-bool in_stacks(uintptr_t p, bool own) {
-  const uintptr_t begin = (uintptr_t)stacks;
-  return own ? p - (begin + current * kStack) < kStack : p - begin < kMostThreads * kStack;
-}
+bool in_stacks(uintptr_t p) { return p - (uintptr_t)stacks < kMostThreads * kStack; }
 
 void act_as_lane(int lane) {
   static int self;
