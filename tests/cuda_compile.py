@@ -1,7 +1,6 @@
 """Compiles the CUDA C++ kernels for GPUs that need not be there, and reads what nvcc says of the result.
 
-Targets, rows and what is asked of a row are also those of tests/triton_compile.py; benchmarks/cuda_build.py makes a table
-of both.
+Targets and rows are also those of tests/triton_compile.py; benchmarks/cuda_build.py makes a table of both.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class Usage(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        """How many a multiprocessor holds at a time, for all that is known when compiling; 0 where that is too little."""
+        """How many a multiprocessor holds at a time, dynamic shared memory left aside; 0 where that is not known."""
         if not self.registers or not self.threads:
             return 0
         target = self.target
