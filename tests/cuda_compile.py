@@ -123,6 +123,11 @@ def targets(source: Path) -> tuple[Target, ...]:
     return (SM90A,) if source.stem.endswith("_sm90") else (SM80, SM90A)
 
 
+def kernels(source: Path) -> list[str]:
+    """Names of the kernels that a file defines."""
+    return re.findall(r"__global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)", source.read_text())
+
+
 def split(mangled: str) -> tuple[str, tuple[str, ...]]:
     """Short name and parameters' types of a kernel, its name as the compiler has it: `down<bf16, 32>`."""
     name = subprocess.run(["c++filt", mangled], check=True, capture_output=True, text=True).stdout.strip()
