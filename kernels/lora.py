@@ -163,14 +163,14 @@ def options(
     """Tile and compile-time arguments of a product with w of an adapter, or for its gradient, `rank` of its rank at a
     time."""
     tile = next(tile for most, tile in table[w.dtype.itemsize].items() if rank <= most)
-    exact = x_dtype == torch.float32 or device.capability(w.device) == device.AMD
+    amd = device.capability(w.device) == device.AMD
     return tile, {
-        "PRECISION": "ieee" if exact else "tf32x3",  # of float32 adapters
+        "PRECISION": "ieee" if amd or x_dtype == torch.float32 else "tf32x3",  # of float32 adapters
         "ROWS": tile.rows,
         "COLS": tile.cols,
         "RANK": rank,
         "num_warps": tile.warps,
-        "num_stages": tile.stages,
+        "num_stages": min(tile.stages, 2) if amd else tile.stages,  # 64 KiB of shared memory
         "enable_fp_fusion": True,
     }
 

@@ -153,7 +153,7 @@ def test_occupancy(target, threads, registers, shared, blocks):
 def test_launchers_take_sizes_and_strides_in_64_bits(path):
     """Their 32-bit integers are dtype codes, flags and thread counts."""
     text = re.sub(r"//.*", "", path.read_text())
-    launchers = re.findall(r"\bvoid\b[\s\w]*\(([^()]*)\)", text)
+    launchers = re.findall(r"\b(?:void|int64_t)\b[\s\w]*\(([^()]*)\)", text)
     names = [
         name
         for parameters in launchers
