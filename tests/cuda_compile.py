@@ -182,4 +182,4 @@ def compile_all(sources: Iterable[Path] = SOURCES) -> list[Usage]:
     """Compiles files for each of their targets."""
     jobs = [(source, target) for source in sources for target in targets(source)]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [usage for usages in pool.map(compile_file, *zip(*jobs, strict=True)) for usage in usages]
+        return [usage for usages in pool.map(lambda job: compile_file(*job), jobs) for usage in usages]

@@ -18,6 +18,7 @@ from fusetune.kernels.philox import dropped, keep_mask  # noqa: E402
 
 FP32, FP16 = torch.float32, torch.float16  # the interpreter computes bfloat16 products wrongly: those are compiled only
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 
 
 @pytest.fixture(autouse=True)

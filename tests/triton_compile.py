@@ -191,20 +191,16 @@ def compile_launch(case: str, target: Target, launch: Launch) -> Usage:
     )
 
 
-def compile_case(case: str, target: Target) -> list[Usage]:
+def compile_case(job: tuple[str, Target]) -> list[Usage]:
+    case, target = job
     return [compile_launch(case, target, launch) for launch in launches(cases()[case], target)]
 
 
 def compile_all(jobs: Iterable[tuple[str, Target]]) -> list[Usage]:
     """Compiles cases for targets, in processes of their own: Triton compiles nothing where it interprets."""
-    jobs = list(jobs)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ))
         os.environ.pop("TRITON_INTERPRET", None)
-        workers = min(os.cpu_count() or 1, len(jobs))
-        pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-        return [
-            usage
-            for usages in stack.enter_context(pool).map(compile_case, *zip(*jobs, strict=True))
-            for usage in usages
-        ]
+        spawn = multiprocessing.get_context("spawn")
+        pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(os.cpu_count(), spawn))
+        return [usage for usages in pool.map(compile_case, jobs) for usage in usages]
