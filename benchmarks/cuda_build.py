@@ -1,16 +1,12 @@
 """What the GPU kernels take of their targets, as their compilers say, without a GPU.
 
-    python benchmarks/cuda_build.py            writes results/cuda-build.md, which takes some minutes
-    python benchmarks/cuda_build.py WORD ...   prints the rows of the cases whose name contains a word
-
-Which lines of the CUDA kernels ran on the host is counted from their last change on: run the tests before.
+python benchmarks/cuda_build.py            writes results/cuda-build.md, after a run of the tests; takes minutes
+python benchmarks/cuda_build.py WORD ...   prints the rows of the cases whose name contains a word
 """
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -28,8 +24,8 @@ from cuda_host import harness  # noqa: E402
 DOCUMENT = """# What the GPU kernels take
 
 Made by `python benchmarks/cuda_build.py` with nvcc {nvcc} and Triton {triton}. **None of it has run on a device**: this
-is what the compilers say. A cell is *threads of a block × registers of a thread, shared memory of a block, blocks that a
-multiprocessor (AMD: compute unit) holds at a time*; the last is computed from the others, and in brackets is what
+is what the compilers say. A cell is *threads of a block × registers of a thread, shared memory of a block, blocks that
+a multiprocessor (AMD: compute unit) holds at a time*; the last is computed from the others, and in brackets is what
 launch bounds promise. Nothing of a thread is kept in memory but where a cell says **spilled**.
 `tests/test_cuda_build.py` and `tests/test_triton.py` hold the kernels to it.
 
@@ -46,7 +42,7 @@ padding, dropout and amsgrad.
 {triton_kernels}
 ## Lines executed on the host
 
-By the tests, under `tests/cuda_host/`; of the lines that gcov counts.
+By the tests, with `tests/cuda_host/`; of the lines that gcov counts.
 
 {coverage}"""
 
@@ -94,22 +90,13 @@ def group(usage: Usage) -> tuple[str, str]:
 
 
 def executed() -> str:
-    """Lines of csrc/cuda, and how many of them the harness's runs executed."""
-    folder = harness.folder()
-    counts: dict[str, dict[int, int]] = defaultdict(dict)
-    for data in sorted(folder.glob("*.gcda")):
-        command = ["gcov", "--json-format", "--stdout", data.name]
-        said = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
-        for file in (file for report in said.splitlines() for file in json.loads(report)["files"]):
-            lines = counts[str((ROOT / file["file"]).resolve())]
-            for line in file["lines"]:
-                lines[line["line_number"]] = lines.get(line["line_number"], 0) + line["count"]
-    found = [
-        [path.name, len(lines), sum(count > 0 for count in lines.values())]
-        for path in sorted((ROOT / "csrc" / "cuda").iterdir())
-        if (lines := counts.get(str(path)))
-    ]
-    return table(["file", "lines", "executed"], found) if found else "The tests have not run since the last change.\n"
+    counts = sorted(harness.read_counts().items())
+    if not counts:
+        raise SystemExit("cuda_build.py: the tests have not run since the last change of csrc/; run them first")
+    return table(
+        ["file", "lines", "executed"],
+        ([file, len(lines), sum(count > 0 for count in lines.values())] for file, lines in counts),
+    )
 
 
 def main(words: list[str]) -> None:
@@ -119,6 +106,7 @@ def main(words: list[str]) -> None:
     def wanted(name: str) -> bool:
         return not words or any(word in name for word in words)
 
+    coverage = "" if words else executed()
     cuda = cuda_compile.compile_all(source for source in cuda_compile.SOURCES if wanted(source.name))
     jobs = [(name, target) for name in triton_compile.cases() if wanted(name) for target in triton_compile.TARGETS]
     kernels = triton_compile.compile_all(jobs)
@@ -126,11 +114,11 @@ def main(words: list[str]) -> None:
         print(f"{rows(cuda)}\n{rows(kernels)}")
         return
     text = DOCUMENT.format(
+        coverage=coverage,
         nvcc=cuda_compile.version(cuda_compile.nvcc()),
         triton=triton_compile.triton.__version__,
         cuda=rows(cuda),
         triton_kernels=rows(kernels),
-        coverage=executed(),
     )
     (ROOT / "benchmarks" / "results" / "cuda-build.md").write_text(text)
 

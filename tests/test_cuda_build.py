@@ -149,6 +149,16 @@ def test_occupancy(target, threads, registers, shared, blocks):
     assert Usage("", "", target, threads, 1, registers, 0, shared).blocks == blocks
 
 
+def test_the_table_names_every_kernel():
+    """Its numbers are those of compilers that may not be here, and take minutes: a missing row alone is an error."""
+    text = (ROOT / "benchmarks" / "results" / "cuda-build.md").read_text()
+    kernels = [kernel for source in SOURCES for kernel in cuda_compile.kernels(source)]
+    for path in (ROOT / "kernels").glob("*.py"):
+        kernels += re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+    missing = [kernel for kernel in kernels if not re.search(rf"`{kernel}[`<]", text)]
+    assert not missing, "python benchmarks/cuda_build.py writes the table anew"
+
+
 @pytest.mark.parametrize("path", HEADERS, ids=lambda path: path.name)
 def test_launchers_take_sizes_and_strides_in_64_bits(path):
     """Their 32-bit integers are dtype codes, flags and thread counts."""
