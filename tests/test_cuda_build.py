@@ -35,6 +35,13 @@ def test_every_kernel_fits_what_it_promises(usages):
     assert not broken
 
 
+@needs_nvcc
+@pytest.mark.parametrize("target", [SM80, SM90A], ids=lambda target: target.name)
+def test_every_instruction_of_mma_compiles(target):
+    """Inline PTX reaches the assembler only where a kernel uses it, and these use all."""
+    assert cuda_compile.compile_file(ROOT / "tests" / "cuda_host" / "fragments.cu", target)
+
+
 PLANTED = {
     "spill": (
         """__global__ void __launch_bounds__(1024, 2) kernel(float* x) {
