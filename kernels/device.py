@@ -7,11 +7,15 @@ import functools
 
 import torch
 
+AMD = 0  # in place of a compute capability
+
 
 @functools.cache
 def capability(device: torch.device) -> int:
     """The major compute capability, which rows of the tile tables go by; 8 for the interpreter's CPU."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+    if device.type != "cuda":
+        return 8
+    return AMD if torch.version.hip else torch.cuda.get_device_capability(device)[0]
 
 
 def guard(device: torch.device) -> contextlib.AbstractContextManager[object]:

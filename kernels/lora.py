@@ -9,7 +9,7 @@ Three products make both passes, with the mask D of the dropout where the contra
 `outer` is summed over parts of the rows, then the parts in a fixed order: no atomics, and the same bits every time.
 
 Products take the adapter's type: in 16 bits as they are, in float32 for float32 x on the FMA units. A float32 adapter
-on 16-bit x keeps its 24 bits on the tensor cores, as three TF32 products.
+on 16-bit x keeps its 24 bits on the tensor cores, as three TF32 products; AMD's multiply float32 as it is.
 
 Floor: bytes over the copy rate; x is read twice, dy twice (for ds and for db), y0 and dx0 are written once.
 """
@@ -158,17 +158,19 @@ def sum_kernel(parts, out, count, size, SIZE: tl.constexpr):
 
 
 def options(
-    table: dict[int, dict[int, Tile]], rank: int, x_dtype: torch.dtype, dtype: torch.dtype
+    table: dict[int, dict[int, Tile]], rank: int, x_dtype: torch.dtype, w: Tensor
 ) -> tuple[Tile, dict[str, Any]]:
-    """Tile and compile-time arguments of a product with an adapter of `dtype`, `rank` of its rank at a time."""
-    tile = next(tile for most, tile in table[dtype.itemsize].items() if rank <= most)
+    """Tile and compile-time arguments of a product with w of an adapter, or for its gradient, `rank` of its rank at a
+    time."""
+    tile = next(tile for most, tile in table[w.dtype.itemsize].items() if rank <= most)
+    amd = device.capability(w.device) == device.AMD
     return tile, {
-        "PRECISION": "ieee" if x_dtype == torch.float32 else "tf32x3",  # of float32 adapters
+        "PRECISION": "ieee" if amd or x_dtype == torch.float32 else "tf32x3",  # of float32 adapters
         "ROWS": tile.rows,
         "COLS": tile.cols,
         "RANK": rank,
         "num_warps": tile.warps,
-        "num_stages": tile.stages,
+        "num_stages": min(tile.stages, 2) if amd else tile.stages,  # 64 KiB of shared memory
         "enable_fp_fusion": True,
     }
 
@@ -181,7 +183,7 @@ def down(
     t: Tensor, w: Tensor, w_strides: tuple[int, int], out: Tensor, factor: float, threshold: int, seed: Tensor | None
 ) -> None:
     (M, C), R = t.shape, out.shape[1]
-    tile, constants = options(DOWN, padded(R, MAX_RANK), t.dtype, w.dtype)
+    tile, constants = options(DOWN, padded(R, MAX_RANK), t.dtype, w)
     grid = (triton.cdiv(M, tile.rows), triton.cdiv(R, constants["RANK"]))
     down_kernel[grid](t, w, out, seed, M, C, R, t.stride(0), *w_strides, factor, threshold, **constants)
 
@@ -198,7 +200,7 @@ def up(
     seed: Tensor | None,
 ) -> None:
     (M, C), R = out.shape, t.shape[1]
-    tile, constants = options(UP, padded(R, UP_RANK[w.dtype.itemsize]), x_dtype, w.dtype)
+    tile, constants = options(UP, padded(R, UP_RANK[w.dtype.itemsize]), x_dtype, w)
     grid = (triton.cdiv(M, tile.rows), triton.cdiv(C, tile.cols))
     up_kernel[grid](t, w, bias, out, seed, M, C, R, *w_strides, factor, threshold, **constants)
 
@@ -207,7 +209,7 @@ def outer(
     t: Tensor, u: Tensor, out: Tensor, out_strides: tuple[int, int], factor: float, threshold: int, seed: Tensor | None
 ) -> None:
     (M, C), R = u.shape, t.shape[1]
-    tile, constants = options(OUTER, padded(R, MAX_RANK), u.dtype, out.dtype)
+    tile, constants = options(OUTER, padded(R, MAX_RANK), u.dtype, out)
     blocks = triton.cdiv(C, tile.cols), triton.cdiv(R, constants["RANK"])
     wanted = min(triton.cdiv(PROGRAMS, blocks[0] * blocks[1]), triton.cdiv(M, PART_TILES * tile.rows))
     part_rows = triton.cdiv(triton.cdiv(M, max(wanted, 1)), tile.rows) * tile.rows

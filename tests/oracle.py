@@ -1,4 +1,5 @@
-"""What every op's tests share: the tolerance, gradients, and inputs with awkward memory layouts.
+"""What every op's tests share: the tolerance, gradients, the comparison of an op with its reference, and inputs with
+awkward memory layouts.
 
 A result is right where its error against the same computation in float64 is at most twice the error of plain torch in
 the same low precision, plus a rounding floor:
@@ -15,10 +16,13 @@ and, in every dtype, for float32 terms that cancel before the last product, whic
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
+
+from fusetune.ops.philox import draw_seed
 
 
 def rounding_floor(exact: Tensor, dtype: torch.dtype) -> float:
@@ -71,6 +75,40 @@ def to_double(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         name: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
         for name, t in inputs.items()
     }
+
+
+def compare(
+    op: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    inputs: dict[str, Tensor],
+    grad: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    plain: Callable[..., Tensor] | None = None,
+    cancelled: Mapping[str, float] = MappingProxyType({}),
+    **options: object,
+) -> dict[str, Tensor]:
+    """Judges an op's result and gradients, whichever backend it takes; gives them.
+
+    Args:
+        op, reference: called with the inputs, dropout_p and options; the reference with the seed of the dropout too.
+        inputs, grad: as `gradients` has them.
+        plain: of the inputs alone, what to judge by in place of the reference in low precision.
+        cancelled: by the results' names, as `assert_right` has it.
+    """
+    torch.manual_seed(7)
+    seed = int(draw_seed(grad.device)) if dropout_p else 0
+    torch.manual_seed(7)
+    got = gradients(lambda **t: op(**t, dropout_p=dropout_p, **options), inputs, grad)
+
+    def judge(**tensors: Tensor) -> Tensor:
+        return reference(**tensors, dropout_p=dropout_p, seed=seed, **options)
+
+    yardstick, exact = gradients(plain or judge, inputs, grad), gradients(judge, to_double(inputs), grad)
+    assert got.keys() == exact.keys()
+    for name in exact:
+        assert_right(name, got[name], yardstick[name], exact[name], cancelled.get(name, 0.0))
+    return got
 
 
 def row_strided(t: Tensor) -> Tensor:

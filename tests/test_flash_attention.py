@@ -5,10 +5,11 @@ import math
 import subprocess
 import sys
 
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import LAYOUTS, assert_right, gradients, to_double
+from oracle import LAYOUTS, gradients, to_double
 from torch.utils.checkpoint import checkpoint
 
 from fusetune.ops import flash_attention, flash_attention_reference
@@ -84,16 +85,10 @@ def reference(options, seed):
 
 def compare(inputs, do, *, plain=None, large_logits=False, **options):
     """Judges flash_attention's result and gradients by `plain`, or by its reference; gives them."""
-    torch.manual_seed(7)
-    seed = int(draw_seed(do.device)) if options.get("dropout_p") else 0
-    torch.manual_seed(7)
-    got = gradients(lambda **t: flash_attention(**t, **options), inputs, do)
-    yardstick = gradients(plain or reference(options, seed), inputs, do)
-    exact = gradients(reference(options, seed), to_double(inputs), do)
     floors = cancelled(inputs, do, large_logits, **options)
-    for name in exact:
-        assert_right(name, got[name], yardstick[name], exact[name], floors.get(name, 0))
-    return got
+    return oracle.compare(
+        flash_attention, flash_attention_reference, inputs, do, plain=plain, cancelled=floors, **options
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

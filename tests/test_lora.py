@@ -2,6 +2,7 @@
 
 import math
 
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,19 +59,7 @@ def compare(inputs, scale=0.5, dropout_p=0.0, layout=None):
     """Judges lora_linear's result and gradients; gives them."""
     dy = torch.randn(*inputs["x"].shape[:-1], inputs["w"].shape[0], device=inputs["x"].device, dtype=inputs["x"].dtype)
     dy = LAYOUTS[layout](dy) if layout else dy
-    torch.manual_seed(7)
-    seed = int(draw_seed(dy.device)) if dropout_p else 0
-    torch.manual_seed(7)
-    got = gradients(lambda **t: lora_linear(**t, scale=scale, dropout_p=dropout_p), inputs, dy)
-
-    def reference(**tensors):
-        return lora_linear_reference(**tensors, scale=scale, dropout_p=dropout_p, seed=seed)
-
-    plain, exact = gradients(reference, inputs, dy), gradients(reference, to_double(inputs), dy)
-    assert got.keys() == exact.keys()
-    for name in exact:
-        assert_right(name, got[name], plain[name], exact[name])
-    return got
+    return oracle.compare(lora_linear, lora_linear_reference, inputs, dy, scale=scale, dropout_p=dropout_p)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=shape_id)

@@ -1,9 +1,7 @@
 """Compiles the Triton kernels for GPUs that need not be there, and reads what the compiler says of the result.
 
-    python tests/triton_compile.py [WORD ...]
-
-prints registers, spills and shared memory as a table, of all cases or of those whose name contains a word. A case's
-kernels are those that its launch functions launch, with the tiles and options that they choose for the target.
+A case's kernels are those that its launch functions launch, with the tiles and options that they choose for the target.
+Targets and rows are those of tests/cuda_compile.py; benchmarks/cuda_build.py makes a table of both.
 """
 
 from __future__ import annotations
@@ -15,21 +13,23 @@ import multiprocessing
 import os
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import triton
+from cuda_compile import GFX942, SM80, SM90, Target, Usage
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from fusetune._native import DTYPES
 from fusetune.kernels import adamw, device, flash_attention, lora
 
-TARGETS = (80, 90)  # compute capabilities: A100, H100
+# Of the AMD code object: registers with the accumulation registers, and bytes of scratch memory a thread.
+HIP_METADATA = ("vgpr_count", "private_segment_fixed_size")
+TARGETS = (SM80, SM90, GFX942)
 
 
 def lora_case(dtype: torch.dtype, adapter: torch.dtype, M: int, K: int, N: int, R: int, p: float) -> None:
@@ -90,25 +90,17 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-class Usage(NamedTuple):
-    case: str
-    target: int
-    kernel: str
-    registers: int
-    spilled: int  # bytes a thread
-    shared: int  # bytes a block
-
-
-def launches(call: Callable[[], None], target: int) -> list[Launch]:
-    """What `call` launches on a device of compute capability `target`, without launching it."""
+def launches(call: Callable[[], None], target: Target) -> list[Launch]:
+    """What `call` launches on a target, without launching it."""
     found = []
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         options = {name: kwargs.pop(name) for name in list(kwargs) if name not in kernel.arg_names}
         found.append(Launch(kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs, options))
 
-    capability = mock.patch.object(device, "capability", return_value=target // 10)
-    with mock.patch.object(JITFunction, "run", record), capability:
+    capability = device.AMD if target.backend == "hip" else target.arch // 10
+    patch = mock.patch.object(device, "capability", return_value=capability)
+    with mock.patch.object(JITFunction, "run", record), patch:
         call()
     return found
 
@@ -128,7 +120,31 @@ def specialize(value: Any) -> tuple[Any, Any]:
     return "i32" if abs(value) < 2**31 else "i64", value % 16 == 0
 
 
-def compile_launch(case: str, target: int, launch: Launch) -> Usage:
+@contextlib.contextmanager
+def collect_stderr() -> Iterator[list[str]]:
+    """Lines that are written to stderr, by native code too; there are none before the end."""
+    lines: list[str] = []
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            lines += file.read().decode(errors="replace").splitlines()
+
+
+def disassemble(cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def compile_launch(case: str, target: Target, launch: Launch) -> Usage:
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -151,42 +167,40 @@ def compile_launch(case: str, target: int, launch: Launch) -> Usage:
         walk((i,), kind, divisible, value)
 
     source = triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=launch.options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    numbers = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    spilled = numbers["STACK"] + numbers["LOCAL"]  # no kernel keeps anything else there
-    return Usage(case, target, launch.kernel.__name__, numbers["REG"], spilled, compiled.metadata.shared)
+    usage = Usage(case, launch.kernel.__name__, target)
+    try:
+        with collect_stderr() as lines:
+            compiled = triton.compile(
+                source, target=GPUTarget(target.backend, target.arch, target.lanes), options=launch.options
+            )
+    except Exception as error:  # of the frontend, with the line that it concerns; or of a pass, which has said why
+        reasons = [line.partition("error: ")[2] for line in lines if "error: " in line]
+        return usage._replace(error=[*reasons, str(error).splitlines()[-1]][0])
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        registers, local = (re.search(rf"\.{name}:\s+(\d+)", text)[1] for name in HIP_METADATA)
+    else:
+        report = disassemble(compiled.asm["cubin"])
+        registers = re.search(r"REG:(\d+)", report)[1]
+        local = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", report)))
+    return usage._replace(
+        threads=compiled.metadata.num_warps * target.lanes,
+        registers=int(registers),
+        local=int(local),
+        shared=compiled.metadata.shared,
+    )
 
 
-def compile_case(case: str, target: int) -> list[Usage]:
+def compile_case(job: tuple[str, Target]) -> list[Usage]:
+    case, target = job
     return [compile_launch(case, target, launch) for launch in launches(cases()[case], target)]
 
 
-def compile_all(names: Iterable[str]) -> list[Usage]:
-    """Compiles cases for every target, in processes of their own: Triton compiles nothing where it interprets."""
-    jobs = list(itertools.product(names, TARGETS))
+def compile_all(jobs: Iterable[tuple[str, Target]]) -> list[Usage]:
+    """Compiles cases for targets, in processes of their own: Triton compiles nothing where it interprets."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ))
         os.environ.pop("TRITON_INTERPRET", None)
-        workers = min(os.cpu_count() or 1, len(jobs))
-        pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-        return [
-            usage
-            for usages in stack.enter_context(pool).map(compile_case, *zip(*jobs, strict=True))
-            for usage in usages
-        ]
-
-
-def main(words: list[str]) -> None:
-    usages = compile_all([name for name in cases() if not words or any(word in name for word in words)])
-    print("| case | target | kernel | registers | spilled | shared memory |\n|---|---|---|---|---|---|")
-    for usage in dict.fromkeys(usages):
-        print(f"| {usage.case} | sm_{usage.target} | {' | '.join(map(str, usage[2:]))} |")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+        spawn = multiprocessing.get_context("spawn")
+        pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(os.cpu_count(), spawn))
+        return [usage for usages in pool.map(compile_case, jobs) for usage in usages]

@@ -97,7 +97,7 @@ __device__ void update_chunk(const AdamwScalars& s, const int64_t* row, int64_t 
 }
 
 // Before the update, in a launch of its own: many blocks read a step count, and it advances once.
-__global__ void advance_steps(const int64_t* table, int64_t rows, const float* found_inf) {
+__global__ void __launch_bounds__(kThreads) advance_steps(const int64_t* table, int64_t rows, const float* found_inf) {
   if (found_inf && *found_inf != 0) return;
   const int64_t r = (int64_t)blockIdx.x * kThreads + threadIdx.x;
   if (r < rows) *(float*)table[r * kAdamwColumns + kStep] += 1;

@@ -145,6 +145,11 @@ def load(module: Path | None = None) -> ModuleType:
 def lines_executed() -> dict[str, dict[int, int]]:
     """How often this process has executed each line of csrc/cuda so far: {file: {line: count}}."""
     load().write_counts()
+    return read_counts()
+
+
+def read_counts() -> dict[str, dict[int, int]]:
+    """`lines_executed` of the last process that loaded the module; empty where none has since a source has changed."""
     counts: dict[str, dict[int, int]] = {}
     for data in folder().glob("*.gcda"):
         report = subprocess.run(
