@@ -5,8 +5,7 @@ ISA level, Triton in its interpreter, the CUDA kernels on the host (cuda_host/RE
 One that takes `cpu_backend` runs at the ISA levels, and one that takes `device` with the backend that users get there.
 Rows that cannot run here are skipped, and the reason is the one that `fusetune info` gives.
 
-Markers: `gpu` needs a CUDA device; `large` takes Triton's interpreter too long, and is left out of its rows; `last` runs
-after the others.
+Markers: `gpu` needs a CUDA device; `large` takes Triton's interpreter too long, and is left out of its rows.
 """
 
 import os
@@ -36,7 +35,6 @@ class Backend(NamedTuple):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "large: takes Triton's interpreter too long, and is left out of its rows")
-    config.addinivalue_line("markers", "last: runs after the others")
 
 
 def pytest_generate_tests(metafunc):
@@ -62,7 +60,6 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=reason))
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
-    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
 
 
 @pytest.fixture(autouse=True)
@@ -109,14 +106,6 @@ def cuda_on_host(monkeypatch):
         pytest.skip(reason)
     with harness.cuda_on_host(monkeypatch):
         yield
-
-
-@pytest.fixture
-def whole_run(request):
-    """For tests of what all tests did together."""
-    config = request.config
-    if config.args_source != pytest.Config.ArgsSource.TESTPATHS or config.option.keyword or config.option.markexpr:
-        pytest.skip("only part of the tests was asked for")
 
 
 @pytest.fixture

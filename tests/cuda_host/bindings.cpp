@@ -9,8 +9,6 @@
 
 namespace py = pybind11;
 
-extern "C" void __gcov_dump();  // libgcov's
-
 namespace {
 
 template <class T>
@@ -39,7 +37,6 @@ PYBIND11_MODULE(fusetune_cuda_host, m) {
   m.def("planted", [](const std::string& name, uintptr_t out, int size) { planted(name, (float*)out, size); });
   m.def("allow", [](uintptr_t begin, size_t bytes) { cuda_host::allow((void*)begin, bytes); });
   m.def("forget_allowed", &cuda_host::forget_allowed);
-  m.def("write_counts", &__gcov_dump);
   m.def("reverse_order", &cuda_host::reverse_order);
 #endif
 }

@@ -33,11 +33,14 @@ INCLUDE = "tests/cuda_host/include"
 ON_GPU = ("products.cu", "fragments.cu")
 
 COMMON = ["-std=c++17", "-g", "-fPIC", "-fvisibility=hidden"]
-# As nvcc has it: no contraction beyond explicit FMAs (AdamW is compiled so), type punning by pointers, #pragma unroll.
+# As nvcc has it: no contraction beyond explicit FMAs (AdamW is compiled so), type punning by pointers.
 KERNELS = [
-    *("-x", "c++", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{INCLUDE}"),
-    *("-fsanitize=thread,alignment,bounds", "--coverage", "-ftrack-macro-expansion=0"),
+    *("-x", "c++", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{INCLUDE}", "-ftrack-macro-expansion=0"),
 ]
+# Either the checks, or a count of the lines executed, which together would take three times as long.
+COUNT = "FUSETUNE_COUNT_LINES"
+CHECKED = ["-O2", "-fsanitize=thread,alignment,bounds"]
+COUNTED = ["-O1", "--coverage"]
 
 
 def shipped() -> list[Path]:
@@ -58,9 +61,15 @@ def why_not() -> str | None:
     )
 
 
+def counting() -> bool:
+    return COUNT in os.environ
+
+
 def folder() -> Path:
     """Where the module of these sources lies; another for every version of them."""
-    found = hashlib.sha256(repr((compiler(), COMMON, KERNELS, sysconfig.get_config_var("SOABI"))).encode())
+    found = hashlib.sha256(
+        repr((compiler(), COMMON, KERNELS, CHECKED, COUNTED, sysconfig.get_config_var("SOABI"))).encode()
+    )
     for path in sorted([*(ROOT / "csrc").rglob("*"), *HERE.rglob("*")]):
         if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
             found.update(path.name.encode() + path.read_bytes())
@@ -76,9 +85,10 @@ def compile_object(source: Path, target: Path) -> None:
     """
     import pybind11
 
-    flags = KERNELS if source.suffix == ".cu" else ["-O1", "-Wall", "-Wextra", f"-I{pybind11.get_include()}"]
-    if source.suffix == ".cpp":
-        flags.append(f"-I{sysconfig.get_path('include')}")
+    if source.suffix == ".cu":
+        flags = [*KERNELS, *(COUNTED if counting() else CHECKED)]
+    else:
+        flags = ["-O1", "-Wall", "-Wextra", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     name = str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else str(source)
     command = [compiler() or "g++", *COMMON, *flags, "-c", name, "-o", str(target)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -101,28 +111,35 @@ def compile_object(source: Path, target: Path) -> None:
     raise RuntimeError(f"cuda_host: {name} does not compile for the host\n{done.stderr}")
 
 
+def objects() -> dict[str, Path]:
+    """What the module is linked from, by the name of the source."""
+    kind = ".counted.o" if counting() else ".o"
+    kernels = {path.name: folder() / (path.stem + kind) for path in [*shipped(), *HERE.glob("*.cu")]}
+    # Of an inline function that several objects have, the linker takes the first: the harness's, without checks.
+    return {path.name: folder() / f"{path.stem}.o" for path in HERE.glob("*.cpp")} | kernels
+
+
 def build() -> Path:
     """The module, compiled where it is not yet."""
-    target = folder()
-    module = target / f"{MODULE}.so"
+    module = folder() / (f"{MODULE}.counted.so" if counting() else f"{MODULE}.so")
     if module.exists():
         return module
-    shutil.rmtree(target.parent, ignore_errors=True)
-    target.mkdir(parents=True)
-    sources = [*shipped(), *sorted(HERE.glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
-    objects = [target / f"{source.stem}.o" for source in sources]
+    if not folder().exists():
+        shutil.rmtree(folder().parent, ignore_errors=True)
+        folder().mkdir(parents=True)
+    sources = {path.name: path for path in [*shipped(), *HERE.iterdir()]}
+    missing = {name: path for name, path in objects().items() if not path.exists()}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_object, sources, objects))
-    link(objects, module)
+        list(pool.map(compile_object, [sources[name] for name in missing], missing.values()))
+    link(list(objects().values()), module)
     return module
 
 
 def link(objects: list[Path], module: Path) -> None:
-    # Of an inline function that several objects have, the linker takes the first: the harness's, without checks.
-    unchecked = {path.stem for path in HERE.glob("*.cpp")}
-    objects = sorted(objects, key=lambda path: path.stem not in unchecked)
-    partial = module.with_suffix(".partial")
-    subprocess.run([compiler() or "g++", "-shared", "--coverage", *map(str, objects), "-o", str(partial)], check=True)
+    flags = ["--coverage"] if counting() else []
+    command = [compiler() or "g++", "-shared", *flags, *map(str, objects), "-o"]
+    partial = module.with_suffix(".partial")  # another process may build the same
+    subprocess.run([*command, str(partial)], check=True)
     partial.rename(module)
 
 
@@ -130,9 +147,6 @@ def link(objects: list[Path], module: Path) -> None:
 def load(module: Path | None = None) -> ModuleType:
     """The module: fusetune's CUDA launchers by their names in the extension, and the kernels of this folder."""
     path = module or build()
-    if module is None:
-        for counts in path.parent.glob("*.gcda"):  # of earlier processes
-            counts.unlink()
     name = f"{path.parent.name}.{MODULE}"  # a module of its own for each path
     loader = ExtensionFileLoader(name, str(path))
     spec = importlib.util.spec_from_loader(name, loader)
@@ -143,13 +157,27 @@ def load(module: Path | None = None) -> ModuleType:
 
 
 def lines_executed() -> dict[str, dict[int, int]]:
-    """How often this process has executed each line of csrc/cuda so far: {file: {line: count}}."""
-    load().write_counts()
-    return read_counts()
-
-
-def read_counts() -> dict[str, dict[int, int]]:
-    """`lines_executed` of the last process that loaded the module; empty where none has since a source has changed."""
+    """How often the tests of small sizes execute each line of csrc/cuda: {file: {line: count}}. Runs those tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(COUNT, "1")
+        build()
+        for data in folder().glob("*.gcda"):  # of earlier runs
+            data.unlink()
+        tests = ["test_adamw.py", "test_cuda_products.py", "test_lora.py"]
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-k",
+                "cuda-host",
+                "-m",
+                "not large",
+                *(f"tests/{name}" for name in tests),
+            ],
+            cwd=ROOT,
+            check=True,
+        )
     counts: dict[str, dict[int, int]] = {}
     for data in folder().glob("*.gcda"):
         report = subprocess.run(

@@ -40,6 +40,7 @@ struct Sites {
   Site write, read;
 };
 
+bool instrumented = false;  // the kernels were compiled with the checks
 bool checked = false;
 uint32_t now = 1, block_start, last_barrier, last_warp_barrier[kMostThreads / kWarp];
 
@@ -177,6 +178,7 @@ void access_global(uintptr_t p, size_t bytes, Access access, Site site) {
 }
 
 void access_memory(const void* address, size_t bytes, Access access, Site site) {
+  if (!instrumented) return;
   const uintptr_t p = (uintptr_t)address;
   if (shared.has(p)) return access_shared(p, bytes, access, site);
   if (parameters.has(p)) return;
@@ -222,7 +224,7 @@ void lane_read(int lane, void* to, const void* p, int bytes, Site site) {
   act_as_lane(lane);
   check_multiple(p, bytes, "a read", site);
   if (!shared.has((uintptr_t)p)) fail(site, "read of what is not in shared memory");
-  access_shared((uintptr_t)p, bytes, kRead, site);
+  access_memory(p, bytes, kRead, site);
   act_as_lane(-1);
   memcpy(to, p, bytes);
 }
@@ -280,7 +282,7 @@ using namespace cuda_host;
 // The kernel's code that calls one of these functions.
 #define CALLER Site{__builtin_return_address(0), 0}
 
-static inline void instrumented(const void* p, size_t bytes, Access access, Site site) {
+static inline void accessed(const void* p, size_t bytes, Access access, Site site) {
   // Most accesses: to local memory, and to counters of lines executed.
   if ((uintptr_t)p - own_stack < kStack || image.has((uintptr_t)p) || !checked) return;
   const Unchecked unchecked;
@@ -289,22 +291,22 @@ static inline void instrumented(const void* p, size_t bytes, Access access, Site
 
 extern "C" {
 
-void __tsan_init() {}
+void __tsan_init() { instrumented = true; }  // called as an object that was compiled so is loaded
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 
-#define ACCESSES(bytes)                                                       \
-  void __tsan_read##bytes(void* p) { instrumented(p, bytes, kRead, CALLER); } \
-  void __tsan_write##bytes(void* p) { instrumented(p, bytes, kWrite, CALLER); }
+#define ACCESSES(bytes)                                                   \
+  void __tsan_read##bytes(void* p) { accessed(p, bytes, kRead, CALLER); } \
+  void __tsan_write##bytes(void* p) { accessed(p, bytes, kWrite, CALLER); }
 ACCESSES(1)
 ACCESSES(2)
 ACCESSES(4)
 ACCESSES(8)
 ACCESSES(16)
-void __tsan_read_range(void* p, size_t bytes) { instrumented(p, bytes, kRead, CALLER); }
-void __tsan_write_range(void* p, size_t bytes) { instrumented(p, bytes, kWrite, CALLER); }
+void __tsan_read_range(void* p, size_t bytes) { accessed(p, bytes, kRead, CALLER); }
+void __tsan_write_range(void* p, size_t bytes) { accessed(p, bytes, kWrite, CALLER); }
 
 // The beginnings of the records that describe a check.
 struct SourceLine {
