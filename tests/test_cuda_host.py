@@ -229,28 +229,68 @@ def test_a_broken_kernel_is_noticed_with_its_line(host, tmp_path, text, instead,
             train(AdamW(groups), params, 2)
 
 
-def adamw_states(dtype, options, backend):
-    """Parameters and states after three steps by one backend."""
-    params = make([1, 15, 257, 4097, 16385, (3, 5, 7)], dtype)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FUSETUNE_BACKEND", backend)
-        if backend == "cuda":
-            with harness.cuda_on_host(patch):
-                optimizer = AdamW(params, **options)
-                train(optimizer, params, 3)
-        else:
-            optimizer = AdamW(params, **options)
-            train(optimizer, params, 3)
+def adamw_states(dtype, device="cpu", **options):
+    """Parameters and states after three steps, from the same start each time."""
+    torch.manual_seed(0)
+    params = make([1, 15, 257, 4097, 16385, (3, 5, 7)], dtype, device)
+    optimizer = AdamW(params, **options)
+    train(optimizer, params, 3)
     return [*params, *(t for state in optimizer.state.values() for t in state.values())]
+
+
+def lora_results(x_dtype, dtype, device="cpu"):
+    """What the LoRA kernels alone compute: w is 0."""
+    torch.manual_seed(0)
+    M, K, N, R = 300, 140, 150, 20
+    x, dy = (torch.randn(M, size).to(device, x_dtype) for size in (K, N))
+    a, b = torch.randn(R, K).to(device, dtype), torch.randn(N, R).to(device, dtype)
+    w, bias = torch.zeros(N, K, dtype=x_dtype, device=device), torch.randn(N).to(device, x_dtype)
+    seed = torch.tensor([12345], device=device)
+    y, s = torch.ops.fusetune.lora_forward(x, w, a, b, bias, 0.5, 0.1, seed)
+    return [y, s, *torch.ops.fusetune.lora_backward(dy, x, w, a, b, s, 0.5, 0.1, seed, True, True, True)]
+
+
+CALLS = {
+    "AdamW, float32": lambda device: adamw_states(torch.float32, device, amsgrad=True),
+    "AdamW, bfloat16": lambda device: adamw_states(torch.bfloat16, device, maximize=True),
+    "LoRA, float32": lambda device: lora_results(torch.float32, torch.float32, device),
+    "LoRA, bfloat16 with a float32 adapter": lambda device: lora_results(torch.bfloat16, torch.float32, device),
+    "LoRA, float16": lambda device: lora_results(torch.float16, torch.float16, device),
+}
+
+
+@pytest.fixture
+def cuda_backend(monkeypatch):
+    monkeypatch.setenv("FUSETUNE_BACKEND", "cuda")
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_adamw_has_the_bits_of_the_cpu_kernel(dtype, options):
-    torch.manual_seed(0)
-    ours = adamw_states(dtype, options, "cuda")
-    torch.manual_seed(0)
-    assert_equal(ours, adamw_states(dtype, options, "cpu"))
+def test_adamw_has_the_bits_of_the_cpu_kernel(dtype, options, cuda_backend):
+    with pytest.MonkeyPatch.context() as patch, harness.cuda_on_host(patch):
+        ours = adamw_states(dtype, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUSETUNE_BACKEND", "cpu")
+        assert_equal(ours, adamw_states(dtype, **options))
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_results_do_not_depend_on_the_order_of_threads(host, call, cuda_on_host, cuda_backend):
+    forwards = call("cpu")
+    host.reverse_order(True)
+    try:
+        assert_equal(call("cpu"), forwards, "result")
+    finally:
+        host.reverse_order(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "LoRA, float16"])
+def test_device_has_the_bits_of_the_host(name, cuda_backend):
+    """But for the tensor cores, whose sums round in their own way."""
+    with pytest.MonkeyPatch.context() as patch, harness.cuda_on_host(patch):
+        expected = CALLS[name]("cpu")
+    assert_equal([t.cpu() for t in CALLS[name]("cuda")], expected, "result")
 
 
 def test_every_line_of_the_kernels_is_executed():

@@ -3,6 +3,7 @@
 from types import ModuleType
 from typing import NamedTuple
 
+import cuda_compile
 import pytest
 import torch
 from cuda_host import harness
@@ -37,7 +38,7 @@ def host_kernels(monkeypatch):
 def kernels(request):
     if request.param == "cuda-host":
         return request.getfixturevalue("host_kernels")
-    if not harness.nvcc():
+    if not cuda_compile.nvcc():
         pytest.skip("nvcc is missing, which compiles the tests' kernels for this GPU")
     return Kernels(harness.load_for_gpu(), torch.device("cuda"))
 
@@ -127,7 +128,7 @@ def test_product_does_not_depend_on_the_order_of_threads(host_kernels, dtype):
     assert torch.equal(forward, backward)
 
 
-@pytest.mark.skipif(not harness.nvcc(), reason="nvcc is missing")
+@pytest.mark.skipif(not cuda_compile.nvcc(), reason="nvcc is missing")
 def test_kernels_compile_for_gpus(tmp_path):
     harness.compile_for_gpu("sm_80", tmp_path / "module.so")
 

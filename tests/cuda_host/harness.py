@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cuda_compile
 import pytest
 import torch
 
@@ -191,10 +192,6 @@ def lines_executed() -> dict[str, dict[int, int]]:
     return counts
 
 
-def nvcc() -> str | None:
-    return os.environ.get("CUDACXX") or shutil.which("nvcc")
-
-
 def compile_for_gpu(arch: str, module: Path) -> None:
     """Compiles those kernels of this folder that also run on a GPU; `arch` is nvcc's option.
 
@@ -209,7 +206,7 @@ def compile_for_gpu(arch: str, module: Path) -> None:
         *(f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"),
     ]
     sources = [str(HERE / name) for name in ("bindings.cpp", *ON_GPU)]
-    command = [nvcc() or "nvcc", *options, *sources, "-o", str(module)]
+    command = [cuda_compile.nvcc() or "nvcc", *options, *sources, "-o", str(module)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"cuda_host: {', '.join(ON_GPU)} do not compile for {arch}\n{done.stdout}{done.stderr}")
