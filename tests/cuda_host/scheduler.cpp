@@ -20,8 +20,7 @@ uintptr_t own_stack;
 
 namespace {
 
-// Stacks begin at different offsets within their ranges: at equal ones they would share the same few lines of the cache.
-constexpr size_t kGuard = 4096, kStagger = 256;
+constexpr size_t kGuard = 4096;  // below each stack
 
 enum State { kReady, kAtBarrier, kInWarp, kReturned };
 
@@ -75,7 +74,7 @@ void resume(int number) {
   ucontext_t start;
   getcontext(&start);
   start.uc_stack.ss_sp = stacks + number * kStack + kGuard;
-  start.uc_stack.ss_size = kStack - kGuard - number % 64 * kStagger;
+  start.uc_stack.ss_size = kStack - kGuard;
   start.uc_link = nullptr;
   makecontext(&start, run_thread_of_each_block, 0);
   setcontext(&start);
