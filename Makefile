@@ -10,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml constraints.txt requirements-demo.txt setup.py CMakeLists.txt $(shell find csrc -type f)
-CXX := $(shell find csrc tests/cuda_host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(shell find csrc tests/cuda_host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test bench lint format clean
 
@@ -28,13 +28,13 @@ bench: .venv/dev
 lint: .venv/dev .cache/typing/fusetune
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CXX)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/mypy
 
 format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX)
+	$(BIN)/clang-format -i $(SOURCES)
 
 clean:
 	rm -rf .venv .cache .benchmarks .mypy_cache .pytest_cache .ruff_cache build dist fusetune.egg-info pyfront/_C.*.so
