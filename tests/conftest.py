@@ -99,12 +99,18 @@ def backend(request, monkeypatch):
 cpu_backend = backend
 
 
-@pytest.fixture
-def cuda_on_host(monkeypatch):
-    """Has the ops take the CUDA backend for CPU tensors, and the harness run its kernels."""
+@pytest.fixture(scope="session")
+def host():
+    """The harness's module. Where it does not compile, all that need it fail by one attempt, which pytest remembers."""
     if reason := harness.why_not():
         pytest.skip(reason)
-    with harness.cuda_on_host(monkeypatch):
+    return harness.load()
+
+
+@pytest.fixture
+def cuda_on_host(monkeypatch, host):
+    """Has the ops take the CUDA backend for CPU tensors, and the harness run its kernels."""
+    with harness.cuda_on_host(monkeypatch, host):
         yield
 
 

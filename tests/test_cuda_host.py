@@ -1,6 +1,7 @@
 """The harness that runs CUDA kernels on the host: it finds a planted bug of each kind, with its line, block and thread,
 computes what a GPU computes, and reaches every line of the kernels that are shipped."""
 
+import concurrent.futures
 import re
 
 import pytest
@@ -17,14 +18,9 @@ if reason := harness.why_not():
 ADAMW = harness.ROOT / "csrc" / "cuda" / "adamw.cu"
 
 
-@pytest.fixture(scope="module")
-def host():
-    return harness.load()
-
-
 def run(host, name, out, threads=64):
     """Runs a kernel of planted.cu, which may touch `out` only."""
-    host.allow(out.data_ptr(), out.numel() * out.element_size())
+    host.allow(out.data_ptr(), out.numel() * out.element_size(), 0)
     try:
         host.planted(name, out.data_ptr(), threads)
     finally:
@@ -90,6 +86,32 @@ def test_a_bug_of_the_second_block_is_told_with_its_number(host):
         run(host, "written_by_another_block", torch.zeros(64))
 
 
+def test_memory_of_a_tensor_that_was_freed_is_out_of_bounds(host):
+    """Where another tensor has taken the place of a larger one."""
+    memory = torch.zeros(65)
+    begin, bytes_of_64 = memory.data_ptr(), 64 * memory.element_size()
+    try:
+        host.allow(begin, bytes_of_64 + 4, 1)
+        host.allow(begin + 8, bytes_of_64 - 4, 1)  # a view
+        host.planted("beyond_global", begin, 64)
+        host.allow(begin, bytes_of_64, 2)
+        with pytest.raises(RuntimeError, match="256 bytes into a tensor of 256"):
+            host.planted("beyond_global", begin, 64)
+    finally:
+        host.forget_allowed()
+
+
+def test_any_thread_of_the_process_may_launch(host):
+    got = torch.zeros(64)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(run, host, "ordered", got).result()
+    assert torch.equal(got, run(host, "ordered", torch.zeros(64)))
+
+
+def test_blocks_of_1024_threads(host):
+    assert (run(host, "twenty_barriers", torch.zeros(1024), 1024) == 20).all()
+
+
 def test_lanes_that_the_block_lacks(host):
     with pytest.raises(
         RuntimeError, match=r"reached by 16 threads, but its mask names lanes that the block does not have"
@@ -128,17 +150,24 @@ def test_atomics(host):
     assert got.tolist() == [2016, 63, -63, 31, 0, 7 + 128, 7 + 128 + 1]
 
 
+def test_least_and_largest_are_not_nan(host):
+    values = torch.tensor([1.0, -2.0, torch.inf, -torch.inf, torch.nan])
+    a, b = torch.cartesian_prod(values, values).T
+    got = run(host, "least_and_largest", torch.stack([a, b, a, b]), 25)
+    expected = [torch.fmin(a, b), torch.fmin(a, b), torch.fmax(a, b), torch.fmax(a, b)]
+    torch.testing.assert_close(got, torch.stack(expected), rtol=0, atol=0, equal_nan=True)
+
+
 def test_indices_of_three_dimensions(host):
     assert torch.equal(run(host, "indices", torch.zeros(12 * 24)), torch.arange(12 * 24.0))
 
 
 def test_barriers_order_shared_memory(host):
     t = torch.arange(64)
-    for reverse in (False, True):
-        host.reverse_order(reverse)
-        got = run(host, "ordered", torch.zeros(64))
-        host.reverse_order(False)
-        assert torch.equal(got, 1000.0 * ((t ^ 1) + 2) + (63 - t) + 2)
+    expected = 1000.0 * ((t ^ 1) + 2) + (63 - t) + 2
+    assert torch.equal(run(host, "ordered", torch.zeros(64)), expected)
+    with harness.reversed_order(host):
+        assert torch.equal(run(host, "ordered", torch.zeros(64)), expected)
 
 
 def test_roundings_are_those_of_torch(host):
@@ -174,8 +203,9 @@ def planted_source(folder, body):
 )
 def test_a_primitive_that_the_harness_lacks_is_named(tmp_path, body, name):
     message = rf"kernel\.cu:3 uses {name}, which the harness lacks; add it to tests/cuda_host/include/, with a test"
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match=message) as error:
         harness.compile_object(planted_source(tmp_path, body), tmp_path / "kernel.o")
+    assert "\n" not in str(error.value)
 
 
 def test_inline_ptx_is_sent_to_its_place(tmp_path):
@@ -185,7 +215,22 @@ def test_inline_ptx_is_sent_to_its_place(tmp_path):
 
 def test_what_does_not_compile_says_so(tmp_path):
     with pytest.raises(RuntimeError, match=r"kernel\.cu does not compile for the host\n(.|\n)*invalid conversion"):
-        harness.compile_object(planted_source(tmp_path, "int i = p;".replace("= p", '= "p"')), tmp_path / "kernel.o")
+        harness.compile_object(planted_source(tmp_path, 'int i = "p";'), tmp_path / "kernel.o")
+
+
+def test_an_atomic_that_cuda_lacks_does_not_compile(tmp_path):
+    with pytest.raises(RuntimeError, match="CUDA has no atomicMax of this type"):
+        harness.compile_object(planted_source(tmp_path, "atomicMax(p, 1.0f);"), tmp_path / "kernel.o")
+
+
+def test_a_compiler_that_is_set_to_check_longjmp(tmp_path, monkeypatch):
+    """As Ubuntu's is: longjmp to the stack of a fiber would end the process."""
+    fortified = tmp_path / "g++-fortified"
+    fortified.write_text(f'#!/bin/sh\nexec {harness.compiler()} -D_FORTIFY_SOURCE=2 "$@"\n')
+    fortified.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fortified))
+    harness.compile_object(harness.HERE / "scheduler.cpp", tmp_path / "scheduler.o")
+    assert b"longjmp_chk" not in (tmp_path / "scheduler.o").read_bytes()
 
 
 # What is broken in csrc/cuda/adamw.cu, and what is said of it.
@@ -266,8 +311,8 @@ def cuda_backend(monkeypatch):
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_adamw_has_the_bits_of_the_cpu_kernel(dtype, options, cuda_backend):
-    with pytest.MonkeyPatch.context() as patch, harness.cuda_on_host(patch):
+def test_adamw_has_the_bits_of_the_cpu_kernel(host, dtype, options, cuda_backend):
+    with pytest.MonkeyPatch.context() as patch, harness.cuda_on_host(patch, host):
         ours = adamw_states(dtype, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUSETUNE_BACKEND", "cpu")
@@ -277,18 +322,15 @@ def test_adamw_has_the_bits_of_the_cpu_kernel(dtype, options, cuda_backend):
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_results_do_not_depend_on_the_order_of_threads(host, call, cuda_on_host, cuda_backend):
     forwards = call("cpu")
-    host.reverse_order(True)
-    try:
+    with harness.reversed_order(host):
         assert_equal(call("cpu"), forwards, "result")
-    finally:
-        host.reverse_order(False)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "LoRA, float16"])
-def test_device_has_the_bits_of_the_host(name, cuda_backend):
+def test_device_has_the_bits_of_the_host(host, name, cuda_backend):
     """But for the tensor cores, whose sums round in their own way."""
-    with pytest.MonkeyPatch.context() as patch, harness.cuda_on_host(patch):
+    with pytest.MonkeyPatch.context() as patch, harness.cuda_on_host(patch, host):
         expected = CALLS[name]("cpu")
     assert_equal([t.cpu() for t in CALLS[name]("cuda")], expected, "result")
 

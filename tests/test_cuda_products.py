@@ -27,11 +27,8 @@ class Kernels(NamedTuple):
 
 
 @pytest.fixture
-def host_kernels(monkeypatch):
-    if reason := harness.why_not():
-        pytest.skip(reason)
-    with harness.cuda_on_host(monkeypatch):
-        yield Kernels(harness.load(), torch.device("cpu"))
+def host_kernels(cuda_on_host, host):
+    return Kernels(host, torch.device("cpu"))
 
 
 @pytest.fixture(params=["cuda-host", pytest.param("cuda-gpu", marks=pytest.mark.gpu)])
@@ -120,11 +117,8 @@ def test_product_carries_infinities_and_nans(kernels):
 def test_product_does_not_depend_on_the_order_of_threads(host_kernels, dtype):
     a, b = torch.randn(70, 40).to(dtype), torch.randn(40, 72).to(dtype)
     forward = product(host_kernels, a, b, dtype)
-    host_kernels.module.reverse_order(True)
-    try:
+    with harness.reversed_order(host_kernels.module):
         backward = product(host_kernels, a, b, dtype)
-    finally:
-        host_kernels.module.reverse_order(False)
     assert torch.equal(forward, backward)
 
 

@@ -35,7 +35,8 @@ PYBIND11_MODULE(fusetune_cuda_host, m) {
   m.def("cuda_lora_workspace", fusetune::cuda::lora_workspace);
 
   m.def("planted", [](const std::string& name, uintptr_t out, int size) { planted(name, (float*)out, size); });
-  m.def("allow", [](uintptr_t begin, size_t bytes) { cuda_host::allow((void*)begin, bytes); });
+  m.def("allow",
+        [](uintptr_t begin, size_t bytes, uint64_t storage) { cuda_host::allow((void*)begin, bytes, storage); });
   m.def("forget_allowed", &cuda_host::forget_allowed);
   m.def("reverse_order", &cuda_host::reverse_order);
 #endif

@@ -51,7 +51,11 @@ size_t dynamic_bytes;
 std::vector<Cell> cells;  // of `shared`
 std::vector<Sites> sites;
 
-std::map<uintptr_t, uintptr_t> allowed;  // begin -> end
+struct Allowed {
+  uintptr_t end;
+  uint64_t storage;  // that a tensor views
+};
+std::map<uintptr_t, Allowed> allowed;  // by begin
 Range last_allowed;
 
 struct Copy {
@@ -170,7 +174,7 @@ void access_global(uintptr_t p, size_t bytes, Access access, Site site) {
   auto tensor = allowed.upper_bound(p);
   if (tensor == allowed.begin()) fail(site, name_of(access, bytes) + " out of bounds: in no tensor");
   --tensor;
-  const auto [begin, end] = *tensor;
+  const uintptr_t begin = tensor->first, end = tensor->second.end;
   if (p + bytes > end)
     fail(site, name_of(access, bytes) + " out of bounds: " + std::to_string(p - begin) + " bytes into a tensor of " +
                    std::to_string(end - begin));
@@ -197,15 +201,17 @@ void check_multiple(const void* p, int bytes, const char* what, Site site) {
 
 }  // namespace
 
-void allow(const void* begin, size_t bytes) {
-  Range range{(uintptr_t)begin, (uintptr_t)begin + bytes};
-  auto next = allowed.lower_bound(range.begin);
-  if (next != allowed.begin() && std::prev(next)->second > range.begin) --next;
-  while (next != allowed.end() && next->first < range.end) {  // views of one tensor overlap
-    range = {std::min(range.begin, next->first), std::max(range.end, next->second)};
+void allow(const void* begin, size_t bytes, uint64_t storage) {
+  const Range asked{(uintptr_t)begin, (uintptr_t)begin + bytes};
+  Range range = asked;
+  auto next = allowed.lower_bound(asked.begin);
+  if (next != allowed.begin() && std::prev(next)->second.end > asked.begin) --next;
+  while (next != allowed.end() && next->first < asked.end) {
+    if (next->second.storage == storage)
+      range = {std::min(range.begin, next->first), std::max(range.end, next->second.end)};
     next = allowed.erase(next);
   }
-  allowed[range.begin] = range.end;
+  allowed[range.begin] = {range.end, storage};
   last_allowed = {};
 }
 
@@ -259,6 +265,7 @@ void copy_async_wait(int groups_left, Site site) {
 
 void prepare_memory() {
   fusetune::cuda::dynamic_shared[0] = {};  // gives this OS thread its copy
+  if (shared.has((uintptr_t)fusetune::cuda::dynamic_shared)) return;
   dl_iterate_phdr(find_module, (void*)prepare_memory);
   cells.resize(shared.end - shared.begin);
   sites.resize(cells.size());

@@ -138,11 +138,12 @@ __global__ void shuffles_and_votes(float* out, int size) {
 __global__ void atomics(float* out, int) {
   const int t = threadIdx.x;
   atomicAdd(out + 0, t);
-  atomicMax(out + 1, t);
-  atomicMin(out + 2, -t);
   __shared__ unsigned bits, all, count;
-  if (t == 0) bits = 0, all = ~0u, count = 7;
+  __shared__ int largest, least;
+  if (t == 0) bits = 0, all = ~0u, count = 7, largest = 0, least = 0;
   __syncthreads();
+  atomicMax(&largest, t);
+  atomicMin(&least, -t);
   atomicOr(&bits, 1u << t % 5);
   atomicAnd(&all, ~(1u << t % 5));
   for (unsigned seen = 7;;) {  // count += 2
@@ -151,6 +152,7 @@ __global__ void atomics(float* out, int) {
     seen = before;
   }
   __syncthreads();
+  if (t == 0) out[1] = largest, out[2] = least;
   if (t == 0) out[3] = bits, out[4] = all & 31, out[5] = count, out[6] = atomicExch(&count, 1u) + count;
 }
 // out[i] = i for a block of three dimensions
@@ -178,6 +180,12 @@ __global__ void roundings(float* out, int size) {
     out[i] = __bfloat162float(__float2bfloat16_rn(out[i]));
     out[128 * size + i] = __half2float(__float2half_rn(out[128 * size + i]));
   }
+}
+// out[4, size]: the least and the largest of neighbours, either way round
+__global__ void least_and_largest(float* out, int size) {
+  const int t = threadIdx.x;
+  const float a = out[t], b = out[size + t];
+  out[t] = min(a, b), out[size + t] = min(b, a), out[2 * size + t] = max(a, b), out[3 * size + t] = max(b, a);
 }
 __global__ void twenty_barriers(float* out, int) {
   for (int i = 0; i < 20; i++) __syncthreads();
@@ -214,6 +222,7 @@ const std::map<std::string, Kernel*> kernels = {
     KERNEL(indices),
     KERNEL(ordered),
     KERNEL(roundings),
+    KERNEL(least_and_largest),
     KERNEL(twenty_barriers),
 };
 

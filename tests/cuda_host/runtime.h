@@ -58,8 +58,9 @@ std::string name_of(Site site);
 
 // --- memory.cpp: what threads read and write ------------------------------------------------------------------------
 
-// Global memory that kernels may touch; all may be touched while nothing was allowed.
-void allow(const void* begin, size_t bytes);
+// Global memory that kernels may touch; all may be touched while nothing was allowed. Views of one storage may overlap;
+// what was allowed of another storage at the same addresses was freed since then, and is no longer.
+void allow(const void* begin, size_t bytes, uint64_t storage);
 void forget_allowed();
 
 // For primitives that access memory, each on behalf of the thread that calls.

@@ -1,4 +1,5 @@
 // Runs a grid: its blocks one after another, the threads of a block as fibers, which switch where they wait.
+#undef _FORTIFY_SOURCE  // some distributions set it, and its longjmp takes another stack for a corrupted one
 #include <dlfcn.h>
 #include <setjmp.h>
 #include <sys/mman.h>
@@ -81,8 +82,8 @@ void resume(int number) {
 }
 
 void prepare() {
-  if (stacks) return;
   prepare_memory();
+  if (stacks) return;
   void* memory =
       mmap(nullptr, kMostThreads * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::runtime_error("cuda_host: no memory for the stacks of threads");

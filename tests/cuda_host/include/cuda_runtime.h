@@ -127,24 +127,36 @@ inline int __all_sync(unsigned mask, int predicate, CUDA_HOST_CALLER) {
 
 // --- Atomics: each gives the value from before ----------------------------------------------------------------------
 
-#define CUDA_HOST_ATOMIC(name, expression)                                                             \
+namespace cuda_host {
+// CUDA has no atomics of int64_t, which is long.
+template <class T, class... Types>
+constexpr bool is_one_of = (std::is_same_v<T, Types> || ...);
+template <class T>
+constexpr bool has_logic = is_one_of<T, int, unsigned, unsigned long long>;
+template <class T>
+constexpr bool has_order = has_logic<T> || std::is_same_v<T, long long>;
+}  // namespace cuda_host
+
+#define CUDA_HOST_ATOMIC(name, types, expression)                                                      \
   template <class T>                                                                                   \
   __attribute__((no_sanitize("thread"))) T name(T* p, std::common_type_t<T> value, CUDA_HOST_CALLER) { \
+    static_assert(types, "CUDA has no " #name " of this type");                                        \
     cuda_host::atomic_access(p, sizeof(T), {file, line});                                              \
     const T old = *p;                                                                                  \
     *p = expression;                                                                                   \
     return old;                                                                                        \
   }
-CUDA_HOST_ATOMIC(atomicAdd, old + value)
-CUDA_HOST_ATOMIC(atomicMax, old > value ? old : value)
-CUDA_HOST_ATOMIC(atomicMin, old < value ? old : value)
-CUDA_HOST_ATOMIC(atomicExch, value)
-CUDA_HOST_ATOMIC(atomicOr, old | value)
-CUDA_HOST_ATOMIC(atomicAnd, old& value)
+CUDA_HOST_ATOMIC(atomicAdd, (cuda_host::has_logic<T> || std::is_floating_point_v<T>), old + value)
+CUDA_HOST_ATOMIC(atomicMax, cuda_host::has_order<T>, old > value ? old : value)
+CUDA_HOST_ATOMIC(atomicMin, cuda_host::has_order<T>, old < value ? old : value)
+CUDA_HOST_ATOMIC(atomicExch, (cuda_host::has_logic<T> || std::is_same_v<T, float>), value)
+CUDA_HOST_ATOMIC(atomicOr, cuda_host::has_logic<T>, old | value)
+CUDA_HOST_ATOMIC(atomicAnd, cuda_host::has_logic<T>, old& value)
 #undef CUDA_HOST_ATOMIC
 template <class T>
 __attribute__((no_sanitize("thread"))) T atomicCAS(T* p, std::common_type_t<T> expected, std::common_type_t<T> value,
                                                    CUDA_HOST_CALLER) {
+  static_assert(cuda_host::has_logic<T> || std::is_same_v<T, unsigned short>, "CUDA has no atomicCAS of this type");
   cuda_host::atomic_access(p, sizeof(T), {file, line});
   const T old = *p;
   if (old == expected) *p = value;
@@ -153,13 +165,14 @@ __attribute__((no_sanitize("thread"))) T atomicCAS(T* p, std::common_type_t<T> e
 
 // --- Arithmetic -----------------------------------------------------------------------------------------------------
 
+// Of floats the one that is not NaN.
 template <class T>
 constexpr T min(T a, T b) {
-  return b < a ? b : a;
+  return b < a || a != a ? b : a;
 }
 template <class T>
 constexpr T max(T a, T b) {
-  return a < b ? b : a;
+  return a < b || a != a ? b : a;
 }
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
