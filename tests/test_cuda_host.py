@@ -55,7 +55,7 @@ BUGS = [
     ("beyond_dynamic_shared", "= 1", "write of 4 bytes out of bounds: byte 256 of dynamic shared memory", 63),
     ("beyond_global", "= 1", "write of 4 bytes out of bounds: 256 bytes into a tensor of 256", 63),
     ("before_global", "= 1", "write of 4 bytes out of bounds: ", 0),
-    ("unwritten_shared", "= tile", "read of 4 bytes: nobody has written shared memory", 7),
+    ("unwritten_shared", "= tile", "read of 4 bytes: nobody has written shared memory yet", 7),
     ("no_barrier_before_a_read", "= tile", "race: read of 4 bytes at shared memory, which thread (0, 0, 0) wrote", 1),
     ("no_barrier_before_a_write", "= 2", "race: write of 4 bytes at shared memory, which thread (63, 0, 0) read", 0),
     ("two_writers", "value = ", "race: write of 4 bytes at shared memory, which thread (0, 0, 0) wrote", 1),
@@ -77,12 +77,12 @@ def test_a_planted_bug_is_found(host, kernel, line, what, thread):
     with pytest.raises(RuntimeError) as error:
         run(host, kernel, torch.zeros(64))
     assert str(error.value).startswith(expected)
-    assert str(error.value).endswith(f"; block (0, 0, 0), thread ({thread}, 0, 0)")
+    assert str(error.value).endswith(f"; {kernel}, block (0, 0, 0), thread ({thread}, 0, 0)")
     assert torch.equal(run(host, "twenty_barriers", torch.zeros(64)), torch.full([64], 20.0)), "the harness is spoilt"
 
 
 def test_a_bug_of_the_second_block_is_told_with_its_number(host):
-    with pytest.raises(RuntimeError, match=r"nobody has written shared memory; block \(1, 0, 0\), thread"):
+    with pytest.raises(RuntimeError, match=r"; written_by_another_block, block \(1, 0, 0\), thread"):
         run(host, "written_by_another_block", torch.zeros(64))
 
 
@@ -269,7 +269,7 @@ def test_a_broken_kernel_is_noticed_with_its_line(host, tmp_path, text, instead,
     with pytest.MonkeyPatch.context() as patch, harness.cuda_on_host(patch, harness.load(tmp_path / "broken.so")):
         patch.setenv("FUSETUNE_BACKEND", "cuda")
         with pytest.raises(
-            RuntimeError, match=rf"^adamw\.cu:\d+: .*{what}.*; block \(\d, 0, 0\), thread \(\d+, 0, 0\)$"
+            RuntimeError, match=rf"^adamw\.cu:\d+: .*{what}.*; update_tensors, block \(\d, 0, 0\), thread \(\d+, 0, 0\)$"
         ):
             train(AdamW(groups), params, 2)
 

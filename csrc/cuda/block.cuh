@@ -9,8 +9,8 @@ constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
 // The sum of `value` over this thread and those before it; the last thread's is the block's total. Every thread of the
-// block calls it, and `totals` has room for one value a warp. Where it is called again with the same `totals`, or they
-// are read elsewhere, a barrier comes between.
+// block calls it, which has one dimension and whole warps, and `totals` has room for one value a warp. Where it is called
+// again with the same `totals`, or they are read elsewhere, a barrier comes between.
 template <class T>
 __device__ T block_prefix_sum(T value, T* totals) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;

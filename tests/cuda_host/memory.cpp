@@ -135,7 +135,7 @@ void access_shared(uintptr_t p, size_t bytes, Access access, Site site) {
     };
 
     if (access == kRead || access == kAtomicUpdate) {
-      if (!written) fail(site, name_of(access, bytes) + ": nobody has written " + name_of(p));
+      if (!written) fail(site, name_of(access, bytes) + ": nobody has written " + name_of(p) + " yet");
       if (cell.writer.kind == kCopy)
         fail(site, name_of(access, bytes) + ": a cp.async to " + name_of(p) + " was not waited for, that of " +
                        name_of(site_of_last.write));

@@ -34,8 +34,10 @@ struct Site {
 // --- scheduler.cpp: threads and where they meet ---------------------------------------------------------------------
 
 // Runs thread(context) as every thread of the grid; the kernel's parameters lie within 4 KiB after `context`. Throws
-// std::runtime_error with file, line, block and thread at the first thing that a GPU would not do as meant.
-void run_grid(dim3 grid, dim3 block, size_t dynamic_shared_bytes, void (*thread)(const void*), const void* context);
+// std::runtime_error with file, line, the name of `kernel`, block and thread at the first thing that a GPU would not do
+// as meant.
+void run_grid(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const void* kernel, void (*thread)(const void*),
+              const void* context);
 
 // Blocks and threads run from first to last, or from last to first: results that differ depend on the order.
 void reverse_order(bool reversed);

@@ -91,6 +91,29 @@ void prepare() {
   for (int i = 0; i < kMostThreads; i++) mprotect(stacks + i * kStack, kGuard, PROT_NONE);
 }
 
+// What addr2line says, with these options, of an address in the code of this module: its first line, or "?".
+std::string look_up(const void* code, const char* options) {
+  Dl_info module;
+  if (!dladdr(code, &module)) return "?";
+  char command[4096], line[4096];
+  snprintf(command, sizeof command, "addr2line %s -e '%s' %#tx", options, module.dli_fname,
+           (const char*)code - (const char*)module.dli_fbase);
+  FILE* out = popen(command, "r");
+  const bool found = out && fgets(line, sizeof line, out);
+  if (out) pclose(out);
+  return found ? line : "?";
+}
+
+// `down<float, 16>` of `void fusetune::cuda::(anonymous namespace)::down<float, 16>(...)`
+std::string name_of_kernel(const void* kernel) {
+  std::string name = look_up(kernel, "-f -C");
+  const std::string anonymous = "(anonymous namespace)::";
+  for (size_t at; (at = name.find(anonymous)) != std::string::npos;) name.erase(at, anonymous.size());
+  name = name.substr(0, name.find_first_of("(\n"));
+  const size_t scope = name.substr(0, name.find('<')).find_last_of(": ");
+  return scope == std::string::npos ? name : name.substr(scope + 1);
+}
+
 std::string name_of(uint3 index) {
   char text[64];
   snprintf(text, sizeof text, "(%u, %u, %u)", index.x, index.y, index.z);
@@ -155,7 +178,8 @@ void run_block() {
 
 }  // namespace
 
-void run_grid(dim3 grid, dim3 block, size_t dynamic_shared_bytes, void (*thread)(const void*), const void* context) {
+void run_grid(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const void* kernel, void (*thread)(const void*),
+              const void* context) {
   prepare();
   gridDim = grid;
   blockDim = block;
@@ -173,7 +197,8 @@ void run_grid(dim3 grid, dim3 block, size_t dynamic_shared_bytes, void (*thread)
     check_accesses(false);
     if (failure.empty()) continue;
     for (Fiber& fiber : fibers) fiber.started = false;  // their stacks are abandoned
-    const std::string message = failure + "; block " + name_of(blockIdx) + ", " + thread_name(current);
+    const std::string message =
+        failure + "; " + name_of_kernel(kernel) + ", block " + name_of(blockIdx) + ", " + thread_name(current);
     failure.clear();
     throw std::runtime_error(message);
   }
@@ -195,17 +220,8 @@ std::string name_of(Site site) {
     const std::string file = (const char*)site.file;
     return file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.line);
   }
-  Dl_info module;
-  if (!dladdr(site.file, &module)) return "?";
-  char command[4096], line[1024] = "?";
-  snprintf(command, sizeof command, "addr2line -s -e '%s' %#tx", module.dli_fname,
-           (const char*)site.file - 1 - (const char*)module.dli_fbase);  // the call, not what follows it
-  if (FILE* out = popen(command, "r")) {
-    if (!fgets(line, sizeof line, out)) strcpy(line, "?");
-    pclose(out);
-  }
-  line[strcspn(line, " \n")] = 0;
-  return line;
+  const std::string line = look_up((const char*)site.file - 1, "-s");  // the call, not what follows it
+  return line.substr(0, line.find_first_of(" \n"));
 }
 
 bool in_stacks(uintptr_t p) { return p - (uintptr_t)stacks < kMostThreads * kStack; }

@@ -250,6 +250,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (config->dynamicSmemBytes > cuda_host::kMostShared) return cudaErrorInvalidValue;
   using Thread = decltype(thread);
   cuda_host::run_grid(
-      grid, block, config->dynamicSmemBytes, [](const void* context) { (*(Thread*)context)(); }, &thread);
+      grid, block, config->dynamicSmemBytes, (const void*)kernel, [](const void* context) { (*(Thread*)context)(); },
+      &thread);
   return cudaSuccess;
 }
