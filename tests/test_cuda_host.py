@@ -269,7 +269,8 @@ def test_a_broken_kernel_is_noticed_with_its_line(host, tmp_path, text, instead,
     with pytest.MonkeyPatch.context() as patch, harness.cuda_on_host(patch, harness.load(tmp_path / "broken.so")):
         patch.setenv("FUSETUNE_BACKEND", "cuda")
         with pytest.raises(
-            RuntimeError, match=rf"^adamw\.cu:\d+: .*{what}.*; update_tensors, block \(\d, 0, 0\), thread \(\d+, 0, 0\)$"
+            RuntimeError,
+            match=rf"^adamw\.cu:\d+: .*{what}.*; update_tensors, block \(\d, 0, 0\), thread \(\d+, 0, 0\)$",
         ):
             train(AdamW(groups), params, 2)
 

@@ -30,6 +30,7 @@ from fusetune import _native
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+CACHE = ROOT / ".cache" / "cuda_host"
 MODULE = "fusetune_cuda_host"
 INCLUDE = "tests/cuda_host/include"
 ON_GPU = ("products.cu", "fragments.cu")
@@ -69,15 +70,19 @@ def counting() -> bool:
     return COUNT in os.environ
 
 
-def folder() -> Path:
-    """Where the module of these sources lies; another for every version of them."""
-    found = hashlib.sha256(
-        repr((compiler(), COMMON, KERNELS, CHECKED, COUNTED, sysconfig.get_config_var("SOABI"))).encode()
-    )
-    for path in sorted([*(ROOT / "csrc").rglob("*"), *HERE.rglob("*")]):
-        if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
-            found.update(path.name.encode() + path.read_bytes())
-    return ROOT / ".cache" / "cuda_host" / found.hexdigest()[:16]
+def sources() -> list[Path]:
+    # Of an inline function that several objects have, the linker takes the first: the harness's, without checks.
+    return [*sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("*.cu")), *shipped()]
+
+
+def cached(name: str, parts: list[Path]) -> Path:
+    """Where what is made of these sources and of all headers lies, but for a suffix; elsewhere when one has changed."""
+    headers = [path for root in (ROOT / "csrc", HERE) for path in root.rglob("*") if path.suffix in (".h", ".cuh")]
+    settings = compiler(), COMMON, KERNELS, CHECKED, COUNTED, sysconfig.get_config_var("SOABI")
+    found = hashlib.sha256(repr(settings).encode())
+    for path in [*sorted(headers), *parts]:
+        found.update(path.name.encode() + path.read_bytes())
+    return CACHE / f"{name}-{found.hexdigest()[:16]}"
 
 
 def compile_object(source: Path, target: Path) -> None:
@@ -117,24 +122,24 @@ def compile_object(source: Path, target: Path) -> None:
 
 def objects() -> dict[str, Path]:
     """What the module is linked from, by the name of the source."""
-    kind = ".counted.o" if counting() else ".o"
-    kernels = {path.name: folder() / (path.stem + kind) for path in [*shipped(), *HERE.glob("*.cu")]}
-    # Of an inline function that several objects have, the linker takes the first: the harness's, without checks.
-    return {path.name: folder() / f"{path.stem}.o" for path in HERE.glob("*.cpp")} | kernels
+    kinds = {".cpp": ".o", ".cu": ".counted.o" if counting() else ".o"}
+    return {path.name: Path(f"{cached(path.stem, [path])}{kinds[path.suffix]}") for path in sources()}
 
 
 def build() -> Path:
-    """The module, compiled where it is not yet."""
-    module = folder() / (f"{MODULE}.counted.so" if counting() else f"{MODULE}.so")
+    """The module; what has changed is compiled, and what was made of earlier sources deleted."""
+    found = cached(MODULE, sources())
+    module = Path(f"{found}{'.counted' * counting()}.so")
     if module.exists():
         return module
-    if not folder().exists():
-        shutil.rmtree(folder().parent, ignore_errors=True)
-        folder().mkdir(parents=True)
-    sources = {path.name: path for path in [*shipped(), *HERE.iterdir()]}
-    missing = {name: path for name, path in objects().items() if not path.exists()}
+    CACHE.mkdir(parents=True, exist_ok=True)
+    current = {path.name.partition(".")[0] for path in [found, *objects().values()]}
+    for path in CACHE.iterdir():
+        if path.is_file() and path.name.partition(".")[0] not in current:
+            path.unlink()
+    missing = [path for path in sources() if not objects()[path.name].exists()]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_object, [sources[name] for name in missing], missing.values()))
+        list(pool.map(compile_object, missing, [objects()[path.name] for path in missing]))
     link(list(objects().values()), module)
     return module
 
@@ -165,7 +170,7 @@ def lines_executed() -> dict[str, dict[int, int]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(COUNT, "1")
         build()
-        for data in folder().glob("*.gcda"):  # of earlier runs
+        for data in CACHE.glob("*.gcda"):  # of earlier runs
             data.unlink()
         tests = ["test_cuda_products.py", *(f"test_{path.stem}.py" for path in shipped())]
         subprocess.run(
@@ -183,7 +188,7 @@ def lines_executed() -> dict[str, dict[int, int]]:
             check=True,
         )
     counts: dict[str, dict[int, int]] = {}
-    for data in folder().glob("*.gcda"):
+    for data in CACHE.glob("*.gcda"):
         report = subprocess.run(
             ["gcov", "--json-format", "--stdout", str(data)], cwd=ROOT, check=True, capture_output=True, text=True
         ).stdout
@@ -217,9 +222,9 @@ def compile_for_gpu(arch: str, module: Path) -> None:
 
 def load_for_gpu() -> ModuleType:
     """The kernels of this folder on the GPU that is here."""
-    module = build().parent / "gpu" / f"{MODULE}.so"
+    module = cached("gpu", sources()) / f"{MODULE}.so"
     if not module.exists():
-        module.parent.mkdir(exist_ok=True)
+        module.parent.mkdir(parents=True)
         partial = module.with_suffix(".partial")
         compile_for_gpu("native", partial)
         partial.rename(module)

@@ -18,10 +18,10 @@ extern dim3 blockDim, gridDim;
 namespace cuda_host {
 
 constexpr int kWarp = 32;
-constexpr int kMostThreads = 1024;          // of a block
-constexpr size_t kMostShared = 227 * 1024;  // bytes of dynamic shared memory, as on sm_90
-constexpr size_t kStack = 128 * 1024;       // bytes of a thread's local memory
-extern uintptr_t own_stack;                 // where that of the thread that runs begins
+constexpr int kMostThreads = 1024;         // of a block
+constexpr size_t kMostShared = 99 * 1024;  // bytes of a block's dynamic shared memory, as on 8.6, 8.9 and 12.0
+constexpr size_t kStack = 128 * 1024;      // bytes of a thread's local memory
+extern uintptr_t own_stack;                // where that of the thread that runs begins
 
 // A line of a kernel; or, with line 0, an address in its code.
 struct Site {
