@@ -31,7 +31,7 @@ launch bounds promise. Nothing of a thread is kept in memory but where a cell sa
 
 ## CUDA C++
 
-Fewer blocks may fit where a launch adds dynamic shared memory.
+≤ where a launch adds dynamic shared memory, whose size is not known here: fewer blocks may fit.
 
 {cuda}
 ## Triton
@@ -61,10 +61,10 @@ def cell(usages: list[Usage]) -> str:
     parts = [f"{span([usage.threads for usage in usages])} × {span([usage.registers for usage in usages])}"]
     if any(usage.local for usage in usages):
         parts.append(f"**{span([usage.local for usage in usages])} B spilled**")
-    dynamic = " + dynamic" * any(usage.dynamic for usage in usages)
-    parts.append(f"{span([usage.shared / 1024 for usage in usages], '{:.3g}')} KiB{dynamic}")
+    dynamic = any(usage.dynamic for usage in usages)
+    parts.append(f"{span([usage.shared / 1024 for usage in usages], '{:.3g}')} KiB{' + dynamic' * dynamic}")
     promised = max(usage.promised for usage in usages)
-    parts.append(span([usage.blocks for usage in usages]) + f" (≥ {promised})" * (promised > 1))
+    parts.append("≤ " * dynamic + span([usage.blocks for usage in usages]) + f" (≥ {promised})" * (promised > 1))
     return ", ".join(parts)
 
 
