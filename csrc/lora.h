@@ -12,7 +12,8 @@
 //              db  = scale dy^T s                  [N, R]
 //
 // Neither D nor x . D is stored: backward recomputes them from the seed. All arithmetic is float32; a tensor's storage
-// type is rounded to once, when it is written.
+// type is rounded to once, when it is written. But for the tensor cores of GPUs, 16-bit adapters have s and ds rounded to
+// their type, in which float16 must hold them.
 //
 // Cost beyond the frozen layer: 6 M R (K + N) flops; read x twice, dy once, write y0 and dx0 once.
 #pragma once
