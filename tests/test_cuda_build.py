@@ -6,6 +6,7 @@ import re
 import cuda_compile
 import pytest
 from cuda_compile import GFX942, ROOT, SM80, SM90A, SOURCES, Usage
+from cuda_host import harness
 
 needs_nvcc = pytest.mark.skipif(not cuda_compile.nvcc(), reason="no nvcc 12 or later on PATH or in CUDACXX")
 HEADERS = sorted((ROOT / "csrc").glob("*.h"))
@@ -36,10 +37,11 @@ def test_every_kernel_fits_what_it_promises(usages):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("target", [SM80, SM90A], ids=lambda target: target.name)
-def test_every_instruction_of_mma_compiles(target):
-    """Inline PTX reaches the assembler only where a kernel uses it, and these use all."""
-    assert cuda_compile.compile_file(ROOT / "tests" / "cuda_host" / "fragments.cu", target)
+@pytest.mark.parametrize("name", harness.ON_GPU)
+def test_the_tests_kernels_compile_for_the_newest_target(name):
+    """Inline PTX reaches the assembler only where a kernel uses it, and these use all. For sm_80 they are compiled by
+    tests/test_cuda_products.py."""
+    assert cuda_compile.compile_file(harness.HERE / name, SM90A)
 
 
 PLANTED = {

@@ -28,7 +28,7 @@ extern __shared__ uint4 dynamic_shared[];
 template <class... Parameters, class... Arguments>
 void launch_shared(const char* op, void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared,
                    void* stream, Arguments... arguments) {
-  if (shared > 48 * 1024)  // more must be asked for
+  if (shared > 48 * 1024)  // more must be asked for; a kernel's static shared arrays, had it any, would count too
     check(op, cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
   cudaLaunchConfig_t config = {};
   config.gridDim = blocks;

@@ -37,10 +37,14 @@ CUDA_HOST_VECTORS(unsigned, uint)
 
 // --- Synchronisation ------------------------------------------------------------------------------------------------
 
+namespace cuda_host {
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+}
 
 inline void __syncthreads(CUDA_HOST_CALLER) { cuda_host::sync_threads({file, line}); }
-inline void __syncwarp(unsigned mask = kAllLanes, CUDA_HOST_CALLER) { cuda_host::sync_warp(mask, {file, line}); }
+inline void __syncwarp(unsigned mask = cuda_host::kAllLanes, CUDA_HOST_CALLER) {
+  cuda_host::sync_warp(mask, {file, line});
+}
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 

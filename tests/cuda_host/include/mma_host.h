@@ -74,22 +74,24 @@ void multiply_matrices(void* const* records, cuda_host::Site) {
 
 inline void ldmatrix_x2(uint32_t (&d)[2], const void* row, CUDA_HOST_CALLER) {
   host::Load load{row, d};
-  cuda_host::warp_collective("ldmatrix_x2", kAllLanes, &load, host::load_matrices<2, false>, {file, line});
+  cuda_host::warp_collective("ldmatrix_x2", cuda_host::kAllLanes, &load, host::load_matrices<2, false>, {file, line});
 }
 
 inline void ldmatrix_x2_trans(uint32_t (&d)[2], const void* row, CUDA_HOST_CALLER) {
   host::Load load{row, d};
-  cuda_host::warp_collective("ldmatrix_x2_trans", kAllLanes, &load, host::load_matrices<2, true>, {file, line});
+  cuda_host::warp_collective("ldmatrix_x2_trans", cuda_host::kAllLanes, &load, host::load_matrices<2, true>,
+                             {file, line});
 }
 
 inline void ldmatrix_x4(uint32_t (&d)[4], const void* row, CUDA_HOST_CALLER) {
   host::Load load{row, d};
-  cuda_host::warp_collective("ldmatrix_x4", kAllLanes, &load, host::load_matrices<4, false>, {file, line});
+  cuda_host::warp_collective("ldmatrix_x4", cuda_host::kAllLanes, &load, host::load_matrices<4, false>, {file, line});
 }
 
 inline void ldmatrix_x4_trans(uint32_t (&d)[4], const void* row, CUDA_HOST_CALLER) {
   host::Load load{row, d};
-  cuda_host::warp_collective("ldmatrix_x4_trans", kAllLanes, &load, host::load_matrices<4, true>, {file, line});
+  cuda_host::warp_collective("ldmatrix_x4_trans", cuda_host::kAllLanes, &load, host::load_matrices<4, true>,
+                             {file, line});
 }
 
 template <class T>
@@ -97,13 +99,14 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   static_assert(sizeof(T) == 2, "T must be __half or __nv_bfloat16");
   const uint32_t b[] = {b0, b1};
   host::Multiply multiply{d, a, b};
-  cuda_host::warp_collective("mma_m16n8k16", kAllLanes, &multiply, host::multiply_matrices<T>, {file, line});
+  cuda_host::warp_collective("mma_m16n8k16", cuda_host::kAllLanes, &multiply, host::multiply_matrices<T>, {file, line});
 }
 
 inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, CUDA_HOST_CALLER) {
   const uint32_t b[] = {b0, b1};
   host::Multiply multiply{d, a, b};
-  cuda_host::warp_collective("mma_m16n8k8_tf32", kAllLanes, &multiply, host::multiply_matrices<float>, {file, line});
+  cuda_host::warp_collective("mma_m16n8k8_tf32", cuda_host::kAllLanes, &multiply, host::multiply_matrices<float>,
+                             {file, line});
 }
 
 inline uint32_t to_tf32(float x) { return x != x ? 0x7FFFFFFF : (__float_as_uint(x) + 0x1000) & ~0x1FFFu; }
