@@ -54,7 +54,7 @@ BUGS = [
     ("row_beyond_a_shared_array", "[threadIdx.x / 8]", "out of bounds: index 4", 32),
     ("beyond_dynamic_shared", "= 1", "write of 4 bytes out of bounds: byte 256 of dynamic shared memory", 63),
     ("beyond_global", "= 1", "write of 4 bytes out of bounds: 256 bytes into a tensor of 256", 63),
-    ("before_global", "= 1", "write of 4 bytes out of bounds: ", 0),
+    ("before_global", "= 1", "write of 4 bytes out of bounds: 4 bytes before a tensor of 256", 0),
     ("unwritten_shared", "= tile", "read of 4 bytes: nobody has written shared memory yet", 7),
     ("no_barrier_before_a_read", "= tile", "race: read of 4 bytes at shared memory, which thread (0, 0, 0) wrote", 1),
     ("no_barrier_before_a_write", "= 2", "race: write of 4 bytes at shared memory, which thread (63, 0, 0) read", 0),
@@ -68,6 +68,7 @@ BUGS = [
     ),
     ("atomic_beside_a_write", "atomicAdd", "race: atomic of 4 bytes at shared memory, which thread (0, 0, 0) wrote", 1),
     ("local_memory_of_another", "= *where", "read of 4 bytes in the local memory of another thread", 63),
+    ("division_by_zero", "size / 128", "division by zero", 0),
 ]
 
 
@@ -79,6 +80,14 @@ def test_a_planted_bug_is_found(host, kernel, line, what, thread):
     assert str(error.value).startswith(expected)
     assert str(error.value).endswith(f"; {kernel}, block (0, 0, 0), thread ({thread}, 0, 0)")
     assert torch.equal(run(host, "twenty_barriers", torch.zeros(64)), torch.full([64], 20.0)), "the harness is spoilt"
+
+
+def test_a_bug_in_a_helper_is_told_with_the_line_of_the_kernel(host):
+    kernel = "unwritten_in_a_helper"
+    with pytest.raises(RuntimeError) as error:
+        run(host, kernel, torch.zeros(64))
+    assert str(error.value).startswith(f"planted.cu:{line_of(kernel, 'return')}: read of 4 bytes: nobody has written")
+    assert f"; called from planted.cu:{line_of(kernel, '= load(')}; {kernel}, block" in str(error.value)
 
 
 def test_a_bug_of_the_second_block_is_told_with_its_number(host):

@@ -42,7 +42,7 @@ KERNELS = [
 ]
 # Either the checks, or a count of the lines executed, which together would take three times as long.
 COUNT = "FUSETUNE_COUNT_LINES"
-CHECKED = ["-O2", "-fsanitize=thread,alignment,bounds"]
+CHECKED = ["-O2", "-fsanitize=thread,alignment,bounds,integer-divide-by-zero"]
 COUNTED = ["-O1", "--coverage"]
 
 

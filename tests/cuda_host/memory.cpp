@@ -1,5 +1,6 @@
-// Checks what the threads of a block read and write. Kernels are compiled with -fsanitize=thread,alignment,bounds: the
-// functions that the compiler calls at each access and where a check fails, __tsan_* and __ubsan_*, are at the end.
+// Checks what the threads of a block read and write. Kernels are compiled with -fsanitize=thread,alignment,bounds,
+// integer-divide-by-zero: the functions that the compiler calls at each access and where a check fails, __tsan_* and
+// __ubsan_*, are at the end.
 #include <link.h>
 
 #include <algorithm>
@@ -171,14 +172,20 @@ void access_shared(uintptr_t p, size_t bytes, Access access, Site site) {
 
 void access_global(uintptr_t p, size_t bytes, Access access, Site site) {
   if (allowed.empty() || (p >= last_allowed.begin && p + bytes <= last_allowed.end)) return;
-  auto tensor = allowed.upper_bound(p);
-  if (tensor == allowed.begin()) fail(site, name_of(access, bytes) + " out of bounds: in no tensor");
-  --tensor;
-  const uintptr_t begin = tensor->first, end = tensor->second.end;
-  if (p + bytes > end)
-    fail(site, name_of(access, bytes) + " out of bounds: " + std::to_string(p - begin) + " bytes into a tensor of " +
-                   std::to_string(end - begin));
-  last_allowed = {begin, end};
+  const auto above = allowed.upper_bound(p);
+  const bool lowest = above == allowed.begin();
+  const Range below = lowest ? Range{} : Range{std::prev(above)->first, std::prev(above)->second.end};
+  if (!lowest && p + bytes <= below.end) {
+    last_allowed = below;
+    return;
+  }
+  // It is told of the nearer tensor.
+  const bool before = lowest || (above != allowed.end() && p > below.end && above->first - p < p - below.end);
+  const std::string where =
+      before ? std::to_string(above->first - p) + " bytes before a tensor of " +
+                   std::to_string(above->second.end - above->first)
+             : std::to_string(p - below.begin) + " bytes into a tensor of " + std::to_string(below.end - below.begin);
+  fail(site, name_of(access, bytes) + " out of bounds: " + where);
 }
 
 void access_memory(const void* address, size_t bytes, Access access, Site site) {
@@ -333,5 +340,10 @@ void __ubsan_handle_type_mismatch_v1(AlignmentCheck* check, uintptr_t p) {
 void __ubsan_handle_out_of_bounds(SourceLine* at, uintptr_t index) {
   const Unchecked unchecked;
   fail({at->file, (int)at->line}, "out of bounds: index " + std::to_string((int)index));
+}
+void __ubsan_handle_divrem_overflow(SourceLine* at, uintptr_t, uintptr_t) {
+  if (!checked) return;  // host code
+  const Unchecked unchecked;
+  fail({at->file, (int)at->line}, "division by zero");
 }
 }

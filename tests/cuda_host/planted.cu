@@ -66,6 +66,11 @@ __global__ void unwritten_shared(float* out, int) {
   __syncthreads();
   out[threadIdx.x] = tile[threadIdx.x];
 }
+__global__ void unwritten_in_a_helper(float* out, int) {
+  __shared__ float tile[64];
+  const auto load = [](const float* p) __attribute__((noinline)) { return *p + 1; };
+  out[threadIdx.x] = load(tile + threadIdx.x);
+}
 __global__ void written_by_another_block(float* out, int) {
   __shared__ float value;
   if (blockIdx.x == 0 && threadIdx.x == 0) value = 1;
@@ -115,6 +120,8 @@ __global__ void local_memory_of_another(float* out, int) {
   out[threadIdx.x] = *where;
   __syncthreads();
 }
+
+__global__ void division_by_zero(float* out, int size) { out[threadIdx.x] = threadIdx.x / (size / 128); }
 
 // --- right ones, for what they compute ------------------------------------------------------------------------------
 
@@ -209,6 +216,7 @@ const std::map<std::string, Kernel*> kernels = {
     KERNEL(beyond_global),
     KERNEL(before_global),
     KERNEL(unwritten_shared),
+    KERNEL(unwritten_in_a_helper),
     KERNEL(written_by_another_block),
     KERNEL(no_barrier_before_a_read),
     KERNEL(no_barrier_before_a_write),
@@ -217,6 +225,7 @@ const std::map<std::string, Kernel*> kernels = {
     KERNEL(warp_barrier_between_warps),
     KERNEL(atomic_beside_a_write),
     KERNEL(local_memory_of_another),
+    KERNEL(division_by_zero),
     KERNEL(shuffles_and_votes),
     KERNEL(atomics),
     KERNEL(indices),

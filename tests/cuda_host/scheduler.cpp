@@ -1,6 +1,7 @@
 // Runs a grid: its blocks one after another, the threads of a block as fibers, which switch where they wait.
 #undef _FORTIFY_SOURCE  // some distributions set it, and its longjmp takes another stack for a corrupted one
 #include <dlfcn.h>
+#include <execinfo.h>
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -9,6 +10,7 @@
 #include <cstdio>
 #include <cstring>
 #include <stdexcept>
+#include <vector>
 
 #include "runtime.h"
 
@@ -91,25 +93,32 @@ void prepare() {
   for (int i = 0; i < kMostThreads; i++) mprotect(stacks + i * kStack, kGuard, PROT_NONE);
 }
 
-// What addr2line says, with these options, of an address in the code of this module: its first line, or "?".
-std::string look_up(const void* code, const char* options) {
-  Dl_info module;
-  if (!dladdr(code, &module)) return "?";
-  char command[4096], line[4096];
-  snprintf(command, sizeof command, "addr2line %s -e '%s' %#tx", options, module.dli_fname,
-           (const char*)code - (const char*)module.dli_fbase);
-  FILE* out = popen(command, "r");
-  const bool found = out && fgets(line, sizeof line, out);
-  if (out) pclose(out);
-  return found ? line : "?";
+// The lines that addr2line writes, with these options, of addresses in the code of this module; others are left out.
+std::vector<std::string> look_up(const std::vector<const char*>& code, const std::string& options) {
+  Dl_info self, module;
+  dladdr((const void*)look_up, &self);
+  std::string command = "addr2line " + options + " -e '" + self.dli_fname + "'";
+  for (const char* address : code) {
+    if (!dladdr(address, &module) || module.dli_fbase != self.dli_fbase) continue;
+    char offset[32];
+    snprintf(offset, sizeof offset, " %#tx", address - (const char*)module.dli_fbase);
+    command += offset;
+  }
+  std::vector<std::string> lines;
+  if (FILE* out = popen(command.c_str(), "r")) {
+    for (char line[4096]; fgets(line, sizeof line, out);) lines.emplace_back(line, strcspn(line, "\n"));
+    pclose(out);
+  }
+  return lines;
 }
 
 // `down<float, 16>` of `void fusetune::cuda::(anonymous namespace)::down<float, 16>(...)`
 std::string name_of_kernel(const void* kernel) {
-  std::string name = look_up(kernel, "-f -C");
+  const auto lines = look_up({(const char*)kernel}, "-f -C");
+  std::string name = lines.empty() ? "?" : lines[0];
   const std::string anonymous = "(anonymous namespace)::";
   for (size_t at; (at = name.find(anonymous)) != std::string::npos;) name.erase(at, anonymous.size());
-  name = name.substr(0, name.find_first_of("(\n"));
+  name = name.substr(0, name.find('('));
   const size_t scope = name.substr(0, name.find('<')).find_last_of(": ");
   return scope == std::string::npos ? name : name.substr(scope + 1);
 }
@@ -206,11 +215,6 @@ void run_grid(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const void* ke
 
 void reverse_order(bool value) { reversed = value; }
 
-void fail(Site site, const std::string& what) {
-  failure = name_of(site) + ": " + what;
-  _longjmp(scheduler, 1);
-}
-
 int thread_number() { return current; }
 
 std::string thread_name(int number) { return "thread " + name_of(fibers[number].index); }
@@ -220,8 +224,25 @@ std::string name_of(Site site) {
     const std::string file = (const char*)site.file;
     return file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.line);
   }
-  const std::string line = look_up((const char*)site.file - 1, "-s");  // the call, not what follows it
-  return line.substr(0, line.find_first_of(" \n"));
+  const auto lines = look_up({(const char*)site.file - 1}, "-s");  // the call, not what follows it
+  return lines.empty() ? "?" : lines[0].substr(0, lines[0].find(' '));
+}
+
+// The line of the kernel that the present thread is in: the outermost in a .cu file of its calls, inlined ones included.
+std::string line_of_kernel() {
+  void* returns[64];
+  std::vector<const char*> calls;
+  for (int i = 0, count = backtrace(returns, 64); i < count; i++) calls.push_back((const char*)returns[i] - 1);
+  std::string found;
+  for (const std::string& line : look_up(calls, "-i -s"))
+    if (line.find(".cu:") != std::string::npos) found = line.substr(0, line.find(' '));
+  return found;
+}
+
+void fail(Site site, const std::string& what) {
+  const std::string line = name_of(site), of_kernel = line_of_kernel();
+  failure = line + ": " + what + (of_kernel.empty() || of_kernel == line ? "" : "; called from " + of_kernel);
+  _longjmp(scheduler, 1);
 }
 
 bool in_stacks(uintptr_t p) { return p - (uintptr_t)stacks < kMostThreads * kStack; }
