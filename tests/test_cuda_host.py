@@ -67,6 +67,7 @@ BUGS = [
         63,
     ),
     ("atomic_beside_a_write", "atomicAdd", "race: atomic of 4 bytes at shared memory, which thread (0, 0, 0) wrote", 1),
+    ("write_under_a_copy", "tile[1]", "write of 4 bytes: a cp.async to shared memory was not waited for, that of", 0),
     ("local_memory_of_another", "= *where", "read of 4 bytes in the local memory of another thread", 63),
     ("division_by_zero", "size / 128", "division by zero", 0),
 ]

@@ -147,7 +147,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       }
     }
     chunk -= chunks;
-    __syncthreads();  // ends is read above and written below
   }
 }
 

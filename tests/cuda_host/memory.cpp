@@ -100,10 +100,10 @@ std::string name_of(Who who) {
   return "several threads";
 }
 
-enum Access { kRead, kWrite, kAtomicUpdate, kStartCopy };
+enum Access { kRead, kWrite, kAtomicUpdate, kStartCopy, kEndCopy };
 
 std::string name_of(Access access, size_t bytes) {
-  static const char* const names[] = {"read", "write", "atomic", "cp.async"};
+  static const char* const names[] = {"read", "write", "atomic", "cp.async", "cp.async"};
   return std::string(names[access]) + " of " + std::to_string(bytes) + " bytes";
 }
 
@@ -135,15 +135,14 @@ void access_shared(uintptr_t p, size_t bytes, Access access, Site site) {
                      " with no barrier between, at " + name_of(where));
     };
 
-    if (access == kRead || access == kAtomicUpdate) {
-      if (!written) fail(site, name_of(access, bytes) + ": nobody has written " + name_of(p) + " yet");
-      if (cell.writer.kind == kCopy)
-        fail(site, name_of(access, bytes) + ": a cp.async to " + name_of(p) + " was not waited for, that of " +
-                       name_of(site_of_last.write));
-    }
-    const bool ours = !written || cell.writer.is(self) || ordered(cell.written, cell.writer);
-    if (!ours && cell.writer.kind != kCopy && !(access == kAtomicUpdate && was_atomic))
-      race(cell.writer, " wrote", site_of_last.write);
+    if (!written && (access == kRead || access == kAtomicUpdate))
+      fail(site, name_of(access, bytes) + ": nobody has written " + name_of(p) + " yet");
+    const bool copying = written && cell.writer.kind == kCopy;
+    if (copying && access != kEndCopy)
+      fail(site, name_of(access, bytes) + ": a cp.async to " + name_of(p) + " was not waited for, that of " +
+                     name_of(site_of_last.write));
+    const bool ours = !written || copying || cell.writer.is(self) || ordered(cell.written, cell.writer);
+    if (!ours && !(access == kAtomicUpdate && was_atomic)) race(cell.writer, " wrote", site_of_last.write);
     const bool only_reader = !read || cell.reader.is(self) || ordered(cell.read, cell.reader);
     if (access != kRead && !only_reader) race(cell.reader, " read", site_of_last.read);
 
@@ -163,7 +162,7 @@ void access_shared(uintptr_t p, size_t bytes, Access access, Site site) {
       // A plain write of this thread since the last barrier still counts after its atomic.
       const bool plain = written && cell.writer.kind == kThread && !ordered(cell.written, cell.writer);
       const Kind atomic = !ours ? kAtomics : plain ? kThread : kAtomic;
-      cell.writer = {access == kWrite ? kThread : access == kStartCopy ? kCopy : atomic, (uint16_t)self};
+      cell.writer = {access == kStartCopy ? kCopy : access == kAtomicUpdate ? atomic : kThread, (uint16_t)self};
       cell.written = now;
       site_of_last.write = site;
     }
@@ -263,7 +262,7 @@ void copy_async_wait(int groups_left, Site site) {
   size_t done = 0;
   for (; done < mine.started.size() && mine.started[done].group < mine.groups - groups_left; done++) {
     const Copy& copy = mine.started[done];
-    access_memory(copy.to, copy.bytes, kWrite, site);
+    access_memory(copy.to, copy.bytes, kEndCopy, site);
     memcpy(copy.to, copy.from, copy.source_bytes);
     memset((char*)copy.to + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
   }
@@ -332,17 +331,20 @@ struct AlignmentCheck {
   const void* type;
   unsigned char log_alignment;
 };
+// Host code is not checked.
 void __ubsan_handle_type_mismatch_v1(AlignmentCheck* check, uintptr_t p) {
+  if (!checked) return;
   const Unchecked unchecked;
   const int bytes = 1 << check->log_alignment;
   misaligned("an access", bytes, (int)(p % bytes), {check->at.file, (int)check->at.line});
 }
 void __ubsan_handle_out_of_bounds(SourceLine* at, uintptr_t index) {
+  if (!checked) return;
   const Unchecked unchecked;
   fail({at->file, (int)at->line}, "out of bounds: index " + std::to_string((int)index));
 }
 void __ubsan_handle_divrem_overflow(SourceLine* at, uintptr_t, uintptr_t) {
-  if (!checked) return;  // host code
+  if (!checked) return;
   const Unchecked unchecked;
   fail({at->file, (int)at->line}, "division by zero");
 }

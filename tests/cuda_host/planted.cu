@@ -7,6 +7,7 @@
 #include <map>
 
 #include "../../csrc/cuda/launch.h"
+#include "../../csrc/cuda/mma.cuh"
 
 namespace {
 
@@ -111,6 +112,13 @@ __global__ void atomic_beside_a_write(float* out, int) {
   if (threadIdx.x == 0) count = 0;
   atomicAdd(&count, 1);
   out[threadIdx.x] = 0;
+}
+__global__ void write_under_a_copy(float* out, int) {
+  __shared__ __align__(16) float tile[4];
+  if (threadIdx.x == 0) {
+    fusetune::cuda::copy_async_16(tile, out);
+    tile[1] = 2;
+  }
 }
 __global__ void local_memory_of_another(float* out, int) {
   __shared__ const float* where;
@@ -224,6 +232,7 @@ const std::map<std::string, Kernel*> kernels = {
     KERNEL(no_warp_barrier),
     KERNEL(warp_barrier_between_warps),
     KERNEL(atomic_beside_a_write),
+    KERNEL(write_under_a_copy),
     KERNEL(local_memory_of_another),
     KERNEL(division_by_zero),
     KERNEL(shuffles_and_votes),
