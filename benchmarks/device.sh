@@ -4,8 +4,8 @@
 #
 #   benchmarks/device.sh [FOLDER [tests|benchmarks]]
 #
-# FOLDER, from the repository's root, receives <device>.json of the benchmarks and tests.txt; without it the one goes to benchmarks/results, the other
-# to build/device. PYTHON names the Python that has torch.
+# FOLDER, from the repository's root, receives <device>.json of the benchmarks and tests.txt; without it the one goes to
+# benchmarks/results, the other to build/device. PYTHON names the Python that has torch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
