@@ -42,8 +42,8 @@ padding, dropout and amsgrad.
 {triton_kernels}
 ## Lines executed on the host
 
-By the tests of small sizes, with `tests/cuda_host/`; of the lines that gcov counts. `mma.cuh` is inline PTX, and its twin on
-the host runs instead.
+By the tests of small sizes, with `tests/cuda_host/`; of the lines that gcov counts. `mma.cuh` is inline PTX,
+and its twin on the host runs instead.
 
 {coverage}"""
 
