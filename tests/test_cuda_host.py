@@ -253,10 +253,10 @@ BREAKAGES = {
     "a tail too long": (
         "i = packed + threadIdx.x; i < n;",
         "i = packed + threadIdx.x; i <= n;",
-        "bytes into a tensor of",
+        "bytes (into|before) a tensor of",
     ),
     "packs at any address": ("if (addresses % sizeof(Pack<T>) == 0)", "if (true)", "misaligned: an access that needs"),
-    "a chunk too far": ("(int)min(row[kNumel] - begin, (int64_t)kChunk)", "kChunk", "bytes into a tensor of"),
+    "a chunk too far": ("(int)min(row[kNumel] - begin, (int64_t)kChunk)", "kChunk", "bytes (into|before) a tensor of"),
     "a barrier of some": (
         "        __syncthreads();\n        if (threadIdx.x == 0)",
         "        if (threadIdx.x == 0)",
