@@ -1,21 +1,23 @@
-// LoRA linear (Hu et al., "LoRA: low-rank adaptation of large language models", arXiv 2106.09685, section 4.1):
+// LoRA linear (Hu et al., "LoRA: low-rank adaptation of large language models", arXiv 2106.09685, section 4.1), for
+// projections P that share their input, such as query, key and value, each with the sum of its adapters j:
 //
-//   y  = x w^T + bias + scale s b^T            s = (x . D) a^T
+//   y_P  = x w_P^T + bias_P + sum over j of P:  scale_j s_j b_j^T          s_j = (x . D_j) a_j^T
 //
-// with x [M, K], w [N, K] frozen, a [R, K], b [N, R], s [M, R] and D the dropout mask of philox.h, its kept elements
-// scaled by 1/(1 - p); `.` is elementwise. The large products with w are the vendor's, called from Python, which lets
-// them accumulate onto what the launchers here write first:
+// with x [M, K], w [N, K] frozen, a [R, K], b [N, R], s [M, R] and D the adapter's dropout mask of philox.h, its kept
+// elements scaled by 1/(1 - p); `.` is elementwise. The large products with w are the vendor's, called from Python,
+// which lets them accumulate onto what the launchers here write first:
 //
-//   forward    y0 = bias + scale s b^T                         then  y  = y0 + x w^T
-//   backward   dx0 = (ds a) . D,   ds = scale dy b  [M, R]     then  dx = dx0 + dy w
-//              da  = ds^T (x . D)                  [R, K]
-//              db  = scale dy^T s                  [N, R]
+//   forward    y0_P = bias_P + sum_j scale_j s_j b_j^T            then  y_P = y0_P + x w_P^T
+//   backward   dx0  = sum_j (ds_j a_j) . D_j                      then  dx  = dx0 + sum_P dy_P w_P
+//                     ds_j = scale_j dy_P b_j  [M, R]
+//              da_j = ds_j^T (x . D_j)         [R, K]
+//              db_j = scale_j dy_P^T s_j       [N, R]
 //
 // Neither D nor x . D is stored: backward recomputes them from the seed. All arithmetic is float32; a tensor's storage
 // type is rounded to once, when it is written. But for the tensor cores of GPUs, 16-bit adapters have s and ds rounded to
 // their type, in which float16 must hold them.
 //
-// Cost beyond the frozen layer: 6 M R (K + N) flops; read x twice, dy once, write y0 and dx0 once.
+// Cost beyond the frozen layers: 6 M R (K + N) flops an adapter; read x twice, each dy once, write each y0 and dx0 once.
 #pragma once
 
 #include <cstdint>
@@ -23,35 +25,55 @@
 #include "cpu/dispatch.h"
 #include "dtype.h"
 
-namespace fusetune::cpu {
+namespace fusetune {
 
-using LoraForward = void(const void* x,     // [M, K], rows x_row elements apart
-                         const void* a,     // [R, K]
-                         const void* b,     // [N, R]
-                         const void* bias,  // [N], or null
-                         void* y0,          // [M, N] out
-                         float* s,          // [M, R] out
-                         int64_t M, int64_t N, int64_t K, int64_t R, int64_t x_row, float scale, double dropout_p,
-                         uint64_t seed,
-                         int dtype,          // of x and bias
-                         int adapter_dtype,  // of a and b
+// The adapters, int64 [adapters, kLoraAdapterColumns], in the order of their projections.
+enum LoraAdapterColumn {
+  kA,   // addresses of a,
+  kB,   // b,
+  kDa,  // and in backward of da
+  kDb,  // and db, or 0 where they are not wanted
+  kRank,
+  kProjection,  // its row in the table of projections
+  kSeed,        // of its mask
+  kLoraAdapterColumns
+};
+
+// Their numbers, float64 [adapters, kLoraFactors].
+enum LoraFactor { kScale, kDropout, kLoraFactors };
+
+// The projections, int64 [projections, kLoraProjectionColumns].
+enum LoraProjectionColumn {
+  kFeatures,  // N
+  kY,         // address of y0 [M, N], or in backward of dy, rows kYRow elements apart
+  kYRow,
+  kBias,  // address of bias [N], or 0
+  kBiasDtype,
+  kLoraProjectionColumns
+};
+
+namespace cpu {
+
+using LoraForward = void(const void* x,  // [M, K], rows x_row elements apart
+                         float* s,       // [M, sum of R] out: the adapters side by side
+                         const int64_t* adapters, const double* factors, int64_t adapter_count,
+                         const int64_t* projections, int64_t projection_count, int64_t M, int64_t K, int64_t x_row,
+                         int dtype,          // of x
+                         int adapter_dtype,  // of every a and b
                          int y_dtype, int threads);
 FUSETUNE_LAUNCHER(LoraForward, lora_forward)
 
-using LoraBackward = void(const void* dy,  // [M, N], rows dy_row elements apart
-                          const void* x,   // [M, K]
-                          const void* a, const void* b, const float* s,
+using LoraBackward = void(const void* x, const float* s,
                           void* dx0,  // [M, K] out, or null
-                          void* da,   // [R, K] out, or null
-                          void* db,   // [N, R] out, or null
-                          int64_t M, int64_t N, int64_t K, int64_t R, int64_t dy_row, int64_t x_row, float scale,
-                          double dropout_p, uint64_t seed,
-                          int dtype,          // of dy and x
-                          int adapter_dtype,  // of a, b, da, db
+                          const int64_t* adapters, const double* factors, int64_t adapter_count,
+                          const int64_t* projections, int64_t projection_count, int64_t M, int64_t K, int64_t x_row,
+                          int dtype,          // of x and dy
+                          int adapter_dtype,  // of every a, b, da, db
                           int dx_dtype, int threads);
 FUSETUNE_LAUNCHER(LoraBackward, lora_backward)
 
-}  // namespace fusetune::cpu
+}  // namespace cpu
+}  // namespace fusetune
 
 namespace fusetune::cuda {
 

@@ -291,11 +291,12 @@ def test_opcheck(device, dtypes, dropout_p):
     x, w, a, b, bias = (t.detach() for t in make((9, 19, 23, 4), *dtypes, device).values())
     seed = draw_seed(device) if dropout_p else None
     ops = torch.ops.fusetune
-    torch.library.opcheck(ops.lora_forward.default, (x, w, a, b, bias, 0.5, dropout_p, seed))
-    torch.library.opcheck(ops.lora_forward.default, (x, w, a, b, None, 0.5, dropout_p, seed))
+    options = [1], [0.5], [dropout_p], seed, False
+    torch.library.opcheck(ops.lora_forward.default, (x, [w], [bias], [a], [b], *options))
+    torch.library.opcheck(ops.lora_forward.default, (x, [w], [None], [a], [b], *options))
     dy, s = torch.randn(9, 23, device=device, dtype=x.dtype), torch.randn(9, 4, device=device)
-    for needs in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(ops.lora_backward.default, (dy, x, w, a, b, s, 0.5, dropout_p, seed, *needs))
+    for needs in ((True, [True], [True]), (False, [True], [False])):
+        torch.library.opcheck(ops.lora_backward.default, ([dy], x, [w], [a], [b], s, *options, *needs))
 
 
 def test_compiles_without_a_graph_break(device):

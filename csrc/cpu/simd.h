@@ -39,6 +39,7 @@ typedef int32_t i32v __attribute__((vector_size(4 * W)));
 typedef uint32_t u32v __attribute__((vector_size(4 * W)));
 typedef uint64_t u64v __attribute__((vector_size(4 * W)));
 typedef uint16_t u16v __attribute__((vector_size(2 * W)));
+typedef uint16_t u16w __attribute__((vector_size(4 * W)));
 
 #define FUSETUNE_INLINE static inline __attribute__((always_inline))
 

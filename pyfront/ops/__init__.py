@@ -2,13 +2,24 @@
 
 from fusetune.ops.adamw import adamw_step, adamw_step_reference
 from fusetune.ops.flash_attention import flash_attention, flash_attention_reference
-from fusetune.ops.lora import lora_linear, lora_linear_reference
+from fusetune.ops.lora import (
+    Adapter,
+    Projection,
+    lora_linear,
+    lora_linear_group,
+    lora_linear_group_reference,
+    lora_linear_reference,
+)
 
 __all__ = [
+    "Adapter",
+    "Projection",
     "adamw_step",
     "adamw_step_reference",
     "flash_attention",
     "flash_attention_reference",
     "lora_linear",
+    "lora_linear_group",
+    "lora_linear_group_reference",
     "lora_linear_reference",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,33 @@ from fusetune.backend import choose, gemm_dtype
 from fusetune.ops.philox import draw_seed, keep_mask, kept_scale
 
 
+class Adapter(NamedTuple):
+    """A low-rank adapter: scale dropout(x) a^T b^T."""
+
+    a: Tensor  # [R, K] down projection, of x's dtype or float32
+    b: Tensor  # [N, R] up projection, of a's dtype
+    scale: float  # alpha / R in PEFT
+    dropout_p: float = 0.0  # probability of dropping an element of the adapter's input
+
+
+class Projection(NamedTuple):
+    """A frozen linear layer and the adapters that are added to it."""
+
+    w: Tensor  # [N, K] frozen weight, of x's dtype
+    bias: Tensor | None  # [N], of x's dtype or float32
+    adapters: Sequence[Adapter]
+
+
 def lora_linear(
-    x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float, bias: Tensor | None = None, dropout_p: float = 0.0
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *,
+    compute: str = "match",
 ) -> Tensor:
     """Linear layer with a low-rank adapter (Hu et al., arXiv 2106.09685, section 4.1); w is frozen.
 
@@ -32,28 +58,64 @@ def lora_linear(
         a: [R, K] down projection, of x's dtype or float32.
         b: [N, R] up projection, of a's dtype.
         scale: factor of the adapter (alpha / R in PEFT).
-        bias: [N], of x's dtype.
+        bias: [N], of x's dtype or float32.
         dropout_p: probability of dropping an element of the adapter's input.
+        compute: "match" takes float32 adapters on 16-bit x in float32, as PEFT does; "fast" rounds them to x's dtype
+            first, for its matrix instructions. Their gradients are float32 either way.
 
     Returns:
         [..., N], of x's dtype. Under autocast x, w and bias are cast first.
 
     Raises:
         TypeError: a dtype other than these.
-        ValueError: shapes that do not fit, tensors on different devices, scale not finite, dropout_p not in [0, 1], or
-            w requiring grad.
+        ValueError: shapes that do not fit, tensors on different devices, scale not finite, dropout_p not in [0, 1], w
+            requiring grad, or another `compute`.
         NotImplementedError: no backend works on x's device.
+    """
+    return lora_linear_group(x, [Projection(w, bias, [Adapter(a, b, scale, dropout_p)])], compute=compute)[0]
+
+
+def lora_linear_group(x: Tensor, projections: Sequence[Projection], *, compute: str = "match") -> tuple[Tensor, ...]:
+    """Several `lora_linear` of one x, each with the sum of any number of adapters, all with masks of their own.
+
+    x is read once, and its gradient is one sum. For query, key and value, or gate and up.
+
+    Args:
+        x: [..., K] float32, bfloat16 or float16.
+        projections: at least one; all adapters of one dtype.
+        compute: as `lora_linear` has it.
+
+    Returns:
+        For each projection [..., N], of x's dtype.
+
+    Raises:
+        As `lora_linear`.
     """
     backend = choose("lora", x.device)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, w, bias = x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype)
-    _check(x, w, a, b, scale, bias, dropout_p)
+        x = x.to(dtype)
+        projections = [
+            Projection(w.to(dtype), None if bias is None else bias.to(dtype), adapters)
+            for w, bias, adapters in projections
+        ]
+    _check(x, projections, compute)
+    adapters = [adapter for projection in projections for adapter in projection.adapters]
     if backend == "reference":
-        seed = int(draw_seed(x.device)) if dropout_p else 0
-        return lora_linear_reference(x, w, a, b, scale, bias, dropout_p, seed=seed)
-    y: Tensor = _LoraLinear.apply(x[None].flatten(0, -2), w, a, b, bias, float(scale), float(dropout_p))
-    return y.view(*x.shape[:-1], w.shape[0])
+        seeds = draw_seed(x.device, len(adapters)).tolist() if any(adapter.dropout_p for adapter in adapters) else ()
+        return lora_linear_group_reference(x, projections, seeds=seeds)
+    ys = _LoraLinear.apply(
+        x[None].flatten(0, -2),
+        [len(projection.adapters) for projection in projections],
+        [float(adapter.scale) for adapter in adapters],
+        [float(adapter.dropout_p) for adapter in adapters],
+        compute == "fast",
+        *(projection.w for projection in projections),
+        *(projection.bias for projection in projections),
+        *(adapter.a for adapter in adapters),
+        *(adapter.b for adapter in adapters),
+    )
+    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
 def lora_linear_reference(
@@ -68,60 +130,113 @@ def lora_linear_reference(
     seed: int = 0,
 ) -> Tensor:
     """`lora_linear` in plain torch, with the dropout mask of `seed`. Any floating dtype; gradients by autograd."""
-    h = x.to(a.dtype)
-    if dropout_p:
-        rows = torch.arange(x.numel() // x.shape[-1], device=x.device).view(x.shape[:-1])
-        h = h * keep_mask(seed, rows, x.shape[-1], dropout_p) * kept_scale(dropout_p)
-    return (F.linear(x, w, bias) + scale * F.linear(F.linear(h, a), b)).to(x.dtype)
+    projection = Projection(w, bias, [Adapter(a, b, scale, dropout_p)])
+    return lora_linear_group_reference(x, [projection], seeds=[seed])[0]
 
 
-def _check(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float, bias: Tensor | None, dropout_p: float) -> None:
+def lora_linear_group_reference(
+    x: Tensor, projections: Sequence[Projection], *, seeds: Sequence[int] = ()
+) -> tuple[Tensor, ...]:
+    """`lora_linear_group` in plain torch, with the dropout masks of `seeds`, one for each adapter."""
+    ys = []
+    index = 0
+    for w, bias, adapters in projections:
+        y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
+        for a, b, scale, dropout_p in adapters:
+            h = x.to(a.dtype)
+            if dropout_p:
+                rows = torch.arange(x.numel() // max(x.shape[-1], 1), device=x.device).view(x.shape[:-1])
+                h = h * keep_mask(seeds[index], rows, x.shape[-1], dropout_p) * kept_scale(dropout_p)
+            y = y + scale * F.linear(F.linear(h, a), b)
+            index += 1
+        ys.append(y.to(x.dtype))
+    return tuple(ys)
+
+
+def _check(x: Tensor, projections: Sequence[Projection], compute: str) -> None:
     op = "lora_linear"
     check_dtype(op, "x", x)
-    check_dtype(op, "w", w, [x.dtype])
-    check_dtype(op, "a", a, list(dict.fromkeys([x.dtype, torch.float32])))
-    check_dtype(op, "b", b, [a.dtype])
     check(x.dim() >= 1, ValueError, f"{op}: x must have at least 1 dimension, got 0")
-    check_shape(op, "w", w, ["N", x.shape[-1]])
-    check_shape(op, "a", a, ["R", x.shape[-1]])
-    check_shape(op, "b", b, [w.shape[0], a.shape[0]])
-    for name, tensor in (("w", w), ("a", a), ("b", b)):
-        check_device(op, name, tensor, x.device)
-    if bias is not None:
-        check_dtype(op, "bias", bias, [x.dtype])
-        check_shape(op, "bias", bias, [w.shape[0]])
-        check_device(op, "bias", bias, x.device)
-    check(not w.requires_grad, ValueError, f"{op}: w must be frozen, got requires_grad=True; use F.linear to train it")
-    check(math.isfinite(scale), ValueError, f"{op}: scale must be finite, got {scale}")
-    check_probability(op, "dropout_p", dropout_p)
+    check(len(projections) > 0, ValueError, f"{op}: projections must not be empty, got []")
+    check(compute in ("match", "fast"), ValueError, f"{op}: compute must be 'match' or 'fast', got {compute!r}")
+    K = x.shape[-1]
+    adapter_dtype = None
+    for w, bias, adapters in projections:
+        check_dtype(op, "w", w, [x.dtype])
+        check_shape(op, "w", w, ["N", K])
+        check_device(op, "w", w, x.device)
+        check(
+            not w.requires_grad, ValueError, f"{op}: w must be frozen, got requires_grad=True; use F.linear to train it"
+        )
+        if bias is not None:
+            check_dtype(op, "bias", bias, list(dict.fromkeys([x.dtype, torch.float32])))
+            check_shape(op, "bias", bias, [w.shape[0]])
+            check_device(op, "bias", bias, x.device)
+        for a, b, scale, dropout_p in adapters:
+            check_dtype(op, "a", a, [adapter_dtype or x.dtype, *([] if adapter_dtype else _float32_too(x))])
+            check_dtype(op, "b", b, [a.dtype])
+            adapter_dtype = a.dtype
+            check_shape(op, "a", a, ["R", K])
+            check_shape(op, "b", b, [w.shape[0], a.shape[0]])
+            check_device(op, "a", a, x.device)
+            check_device(op, "b", b, x.device)
+            check(math.isfinite(scale), ValueError, f"{op}: scale must be finite, got {scale}")
+            check_probability(op, "dropout_p", dropout_p)
+
+
+def _float32_too(x: Tensor) -> list[torch.dtype]:
+    return [torch.float32] if x.dtype != torch.float32 else []
 
 
 class _LoraLinear(torch.autograd.Function):
+    """`tensors` are the w of all projections, their biases, then the a and the b of all adapters."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float, dropout_p: float
-    ) -> Tensor:
-        seed = draw_seed(x.device) if dropout_p else None
-        y, s = _lora_forward(x, w, a, b, bias, scale, dropout_p, seed)
-        ctx.save_for_backward(x, w, a, b, s, seed)
-        ctx.scale, ctx.dropout_p = scale, dropout_p
-        return y
+        ctx: Any,
+        x: Tensor,
+        counts: list[int],
+        scales: list[float],
+        dropout_ps: list[float],
+        fast: bool,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        w, bias, a, b = _split(tensors, counts)
+        seeds = draw_seed(x.device, len(a)) if any(dropout_ps) else None
+        ys, s = _lora_forward(x, w, bias, a, b, counts, scales, dropout_ps, seeds, fast)
+        ctx.save_for_backward(x, s, seeds, *w, *a, *b)
+        ctx.options = counts, scales, dropout_ps, fast
+        ctx.bias_dtypes = [None if t is None else t.dtype for t in bias]
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, a, b, s, seed = ctx.saved_tensors
-        needs_dx, _, needs_da, needs_db, needs_dbias, _, _ = ctx.needs_input_grad
-        dx, da, db = _lora_backward(dy, x, w, a, b, s, ctx.scale, ctx.dropout_p, seed, needs_dx, needs_da, needs_db)
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        x, s, seeds, *tensors = ctx.saved_tensors
+        counts, scales, dropout_ps, fast = ctx.options
+        P, A = len(counts), len(scales)
+        w, a, b = tensors[:P], tensors[P : P + A], tensors[P + A :]
+        needs_dx, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        _, needs_dbias, needs_da, needs_db = _split(needs, counts)
+        dx, da, db = _lora_backward(
+            list(dys), x, w, a, b, s, counts, scales, dropout_ps, seeds, fast, needs_dx, needs_da, needs_db
+        )
+        wanted = zip(dys, ctx.bias_dtypes, needs_dbias, strict=True)
         return (
             dx if needs_dx else None,
-            None,
-            da if needs_da else None,
-            db if needs_db else None,
-            dy.sum(0) if needs_dbias else None,
-            None,
-            None,
+            *[None] * (4 + P),
+            *(dy.sum(0, dtype=dtype) if needed else None for dy, dtype, needed in wanted),
+            *(gradient if needed else None for gradient, needed in zip(da, needs_da, strict=True)),
+            *(gradient if needed else None for gradient, needed in zip(db, needs_db, strict=True)),
         )
+
+
+def _split(values: Sequence[Any], counts: Sequence[int]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+    """Of w, bias, a and b, what _LoraLinear takes as one list."""
+    P, A = len(counts), sum(counts)
+    ends = (0, P, 2 * P, 2 * P + A, 2 * P + 2 * A)
+    w, bias, a, b = (list(values[start:end]) for start, end in zip(ends, ends[1:], strict=False))
+    return w, bias, a, b
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -129,138 +244,277 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
+def _tables(
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    da: Sequence[Tensor],
+    db: Sequence[Tensor],
+    counts: Sequence[int],
+    scales: Sequence[float],
+    dropout_ps: Sequence[float],
+    seeds: Tensor | None,
+    ys: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+) -> tuple[array[int], array[float], array[int]]:
+    """The adapters, their numbers and the projections, as csrc/lora.h has them; empty gradients are not wanted."""
+    adapters, factors, projections = array("q"), array("d"), array("q")
+    numbers = [0] * len(a) if seeds is None else seeds.tolist()
+    owners = [projection for projection, count in enumerate(counts) for _ in range(count)]
+    for i, owner in enumerate(owners):
+        gradients = (_native.address(t[i]) if t and t[i].numel() else 0 for t in (da, db))
+        adapters.extend((a[i].data_ptr(), b[i].data_ptr(), *gradients, a[i].shape[0], owner, numbers[i]))
+        factors.extend((scales[i], dropout_ps[i]))
+    for y, t in zip(ys, bias, strict=True):
+        dtype = 0 if t is None else _native.code(t.dtype)
+        projections.extend((y.shape[1], y.data_ptr(), y.stride(0), _native.address(t), dtype))
+    return adapters, factors, projections
+
+
 def _forward(
     x: Tensor,
-    w: Tensor,
-    a: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    x, a, b = _rows(x), a.contiguous(), b.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    w: list[Tensor],
+    bias: list[Tensor | None],
+    a: list[Tensor],
+    b: list[Tensor],
+    counts: list[int],
+    scales: list[float],
+    dropout_ps: list[float],
+    seeds: Tensor | None,
+    fast: bool,
+) -> tuple[list[Tensor], Tensor]:
+    x = _rows(x)
+    a, b = [t.contiguous() for t in a], [t.contiguous() for t in b]
+    bias = [None if t is None else t.contiguous() for t in bias]
     backend = choose("lora", x.device)
     dtype = gemm_dtype(x.device.type, x.dtype) if backend == "cpu" else x.dtype
-    y = x.new_empty(x.shape[0], w.shape[0], dtype=dtype)
-    s = x.new_empty(x.shape[0], a.shape[0], dtype=torch.float32)
-    tensors = [_native.address(t) for t in (x, a, b, bias, y, s)]
-    sizes = (x.shape[0], w.shape[0], x.shape[1], a.shape[0], x.stride(0))
+    ys = [x.new_empty(x.shape[0], t.shape[0], dtype=dtype) for t in w]
+    s = x.new_empty(x.shape[0], sum(t.shape[0] for t in a), dtype=torch.float32)
     if backend == "cpu":
+        tables = _tables(a, b, (), (), counts, scales, dropout_ps, seeds, ys, bias)
+        adapters, factors, projections = (table.buffer_info()[0] for table in tables)
         _native.extension().lora_forward(
-            *tensors,
-            *sizes,
-            *(scale, dropout_p, 0 if seed is None else int(seed)),
-            *map(_native.code, (x.dtype, a.dtype, y.dtype)),
+            *(x.data_ptr(), s.data_ptr(), adapters, factors, len(a), projections, len(ys)),
+            *(*x.shape, x.stride(0)),
+            *map(_native.code, (x.dtype, a[0].dtype if a else x.dtype, dtype)),
             _native.threads(),
         )
-    elif backend == "cuda":
-        with _native.current_stream(x.device) as stream:
-            _native.extension().cuda_lora_forward(
-                *tensors,
-                *sizes,
-                *(scale, dropout_p, _native.address(seed)),
-                *map(_native.code, (x.dtype, a.dtype)),
-                stream,
-            )
     else:
-        from fusetune.kernels import lora as triton_lora
-
-        triton_lora.forward(x, a, b, bias, y, s, scale, dropout_p, seed)
-    y.addmm_(x.to(dtype), w.to(dtype).t())
-    return y.to(x.dtype), s
+        _gpu_forward(_primitives(backend), x, bias, a, b, counts, scales, dropout_ps, seeds, fast, ys, s)
+    h = x.to(dtype)
+    for y, t in zip(ys, w, strict=True):
+        y.addmm_(h, t.to(dtype).t())
+    return [y.to(x.dtype) for y in ys], s
 
 
 def _backward(
-    dy: Tensor,
+    dys: list[Tensor],
     x: Tensor,
-    w: Tensor,
-    a: Tensor,
-    b: Tensor,
+    w: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
     s: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
+    counts: list[int],
+    scales: list[float],
+    dropout_ps: list[float],
+    seeds: Tensor | None,
+    fast: bool,
     needs_dx: bool,
-    needs_da: bool,
-    needs_db: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dy, x, a, b = _rows(dy), _rows(x), a.contiguous(), b.contiguous()
+    needs_da: list[bool],
+    needs_db: list[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    x, dys = _rows(x), [_rows(dy) for dy in dys]
+    a, b = [t.contiguous() for t in a], [t.contiguous() for t in b]
     backend = choose("lora", x.device)
     dtype = gemm_dtype(x.device.type, x.dtype) if backend == "cpu" else x.dtype
     dx = x.new_empty(x.shape if needs_dx else 0, dtype=dtype)
-    da = a.new_empty(a.shape if needs_da else 0)
-    db = b.new_empty(b.shape if needs_db else 0)
-    tensors = [_native.address(t) for t in (dy, x, a, b, s)]
-    tensors += [_native.address(t) if t.numel() else 0 for t in (dx, da, db)]
-    sizes = (x.shape[0], w.shape[0], x.shape[1], a.shape[0])
+    da = [t.new_empty(t.shape if needed else 0) for t, needed in zip(a, needs_da, strict=True)]
+    db = [t.new_empty(t.shape if needed else 0) for t, needed in zip(b, needs_db, strict=True)]
     if backend == "cpu":
+        tables = _tables(a, b, da, db, counts, scales, dropout_ps, seeds, dys, [None] * len(dys))
+        adapters, factors, projections = (table.buffer_info()[0] for table in tables)
         _native.extension().lora_backward(
-            *tensors,
-            *sizes,
-            *(dy.stride(0), x.stride(0)),
-            *(scale, dropout_p, 0 if seed is None else int(seed)),
-            *map(_native.code, (x.dtype, a.dtype, dx.dtype)),
+            *(x.data_ptr(), s.data_ptr(), dx.data_ptr() if dx.numel() else 0),
+            *(adapters, factors, len(a), projections, len(dys)),
+            *(*x.shape, x.stride(0)),
+            *map(_native.code, (x.dtype, a[0].dtype if a else x.dtype, dtype)),
             _native.threads(),
         )
-    elif backend == "cuda":
-        with _native.current_stream(x.device) as stream:
-            workspace = s.new_empty(_native.extension().cuda_lora_workspace(*sizes))
-            _native.extension().cuda_lora_backward(
-                *tensors,
-                _native.address(workspace),
-                *sizes,
-                *(dy.stride(0), x.stride(0)),
-                *(scale, dropout_p, _native.address(seed)),
-                *map(_native.code, (x.dtype, a.dtype)),
-                stream,
-            )
     else:
-        from fusetune.kernels import lora as triton_lora
-
-        triton_lora.backward(dy, x, a, b, s, dx, da, db, scale, dropout_p, seed)
+        _gpu_backward(_primitives(backend), dys, x, a, b, s, counts, scales, dropout_ps, seeds, fast, dx, da, db)
     if needs_dx:
-        dx.addmm_(dy.to(dtype), w.to(dtype))
+        for dy, t in zip(dys, w, strict=True):
+            dx.addmm_(dy.to(dtype), t.to(dtype))
     return dx.to(x.dtype), da, db
 
 
+def _primitives(backend: str) -> Any:
+    """The products that kernels/lora.py names, of a backend."""
+    if backend == "cuda":
+        from fusetune.ops import _lora_cuda
+
+        return _lora_cuda
+    from fusetune.kernels import lora as triton_lora
+
+    return triton_lora
+
+
+class _Stack(NamedTuple):
+    """Neighbouring adapters that share a mask, computed as one; those without dropout do, where they are neighbours."""
+
+    columns: slice  # of s
+    adapters: slice
+    a: Tensor  # theirs, one below the other
+    dropout_p: float
+    seed: Tensor | None
+
+
+def _stacks(a: list[Tensor], dropout_ps: list[float], seeds: Tensor | None) -> Iterator[_Stack]:
+    first = column = 0
+    for i in range(1, len(a) + 1):
+        if i < len(a) and dropout_ps[i] == dropout_ps[i - 1] == 0:
+            continue
+        stacked = a[first] if i == first + 1 else torch.cat(a[first:i])
+        seed = seeds[first : first + 1] if seeds is not None and dropout_ps[first] else None
+        columns = slice(column, column + stacked.shape[0])
+        yield _Stack(columns, slice(first, i), stacked, dropout_ps[first], seed)
+        first, column = i, columns.stop
+
+
+def _adapter_columns(a: list[Tensor], counts: list[int]) -> Iterator[tuple[int, int, slice]]:
+    """(projection, adapter, columns of s) of each adapter."""
+    adapter = column = 0
+    for projection, count in enumerate(counts):
+        for _ in range(count):
+            columns = slice(column, column + a[adapter].shape[0])
+            yield projection, adapter, columns
+            adapter, column = adapter + 1, columns.stop
+
+
+def _gpu_forward(
+    kernels: Any,
+    x: Tensor,
+    bias: list[Tensor | None],
+    a: list[Tensor],
+    b: list[Tensor],
+    counts: list[int],
+    scales: list[float],
+    dropout_ps: list[float],
+    seeds: Tensor | None,
+    fast: bool,
+    ys: list[Tensor],
+    s: Tensor,
+) -> None:
+    """Writes y0 and s."""
+    if fast:
+        a, b = [t.to(x.dtype) for t in a], [t.to(x.dtype) for t in b]
+    for stack in _stacks(a, dropout_ps, seeds):
+        kernels.down(x, stack.a, s[:, stack.columns], 1.0, stack.dropout_p, stack.seed)
+    written = set()
+    for projection, i, columns in _adapter_columns(a, counts):
+        first = projection not in written
+        kernels.up(
+            *(s[:, columns], b[i].t(), bias[projection] if first else None, ys[projection]),
+            *(scales[i], 0.0, None, not first),
+        )
+        written.add(projection)
+    for projection, y in enumerate(ys):
+        if projection not in written:
+            y.copy_(bias[projection]) if bias[projection] is not None else y.zero_()
+
+
+def _gpu_backward(
+    kernels: Any,
+    dys: list[Tensor],
+    x: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    s: Tensor,
+    counts: list[int],
+    scales: list[float],
+    dropout_ps: list[float],
+    seeds: Tensor | None,
+    fast: bool,
+    dx: Tensor,
+    da: list[Tensor],
+    db: list[Tensor],
+) -> None:
+    """Writes dx0 to dx, da and db, each unless it has no elements."""
+    if fast:
+        a, b = [t.to(x.dtype) for t in a], [t.to(x.dtype) for t in b]
+    dot_dtype = a[0].dtype if a else x.dtype
+    ds = torch.empty_like(s)
+    for projection, i, columns in _adapter_columns(a, counts):
+        kernels.down(dys[projection], b[i].t(), ds[:, columns], scales[i], 0.0, None)
+        if db[i].numel():
+            kernels.outer(s[:, columns], dys[projection], db[i].t(), scales[i], 0.0, None, dot_dtype)
+    if not a and dx.numel():
+        dx.zero_()
+    for stack in _stacks(a, dropout_ps, seeds):
+        mask = stack.dropout_p, stack.seed
+        if dx.numel():
+            kernels.up(ds[:, stack.columns], stack.a, None, dx, 1.0, *mask, stack.adapters.start > 0)
+        wanted = [t for t in da[stack.adapters] if t.numel()]
+        if not wanted:
+            continue
+        out = wanted[0] if len(wanted) == 1 == len(da[stack.adapters]) else wanted[0].new_empty(stack.a.shape)
+        kernels.outer(ds[:, stack.columns], x, out, 1.0, *mask, dot_dtype)
+        if out is not wanted[0]:
+            for gradient, part in zip(
+                da[stack.adapters], out.split([t.shape[0] for t in a[stack.adapters]]), strict=True
+            ):
+                if gradient.numel():
+                    gradient.copy_(part)
+
+
 def _fake_forward(
-    x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float, dropout_p: float, seed: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], w.shape[0]), x.new_empty(x.shape[0], a.shape[0], dtype=torch.float32)
+    x: Tensor,
+    w: list[Tensor],
+    bias: list[Tensor | None],
+    a: list[Tensor],
+    b: list[Tensor],
+    counts: list[int],
+    scales: list[float],
+    dropout_ps: list[float],
+    seeds: Tensor | None,
+    fast: bool,
+) -> tuple[list[Tensor], Tensor]:
+    s = x.new_empty(x.shape[0], sum(t.shape[0] for t in a), dtype=torch.float32)
+    return [x.new_empty(x.shape[0], t.shape[0]) for t in w], s
 
 
 def _fake_backward(
-    dy: Tensor,
+    dys: list[Tensor],
     x: Tensor,
-    w: Tensor,
-    a: Tensor,
-    b: Tensor,
+    w: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
     s: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
+    counts: list[int],
+    scales: list[float],
+    dropout_ps: list[float],
+    seeds: Tensor | None,
+    fast: bool,
     needs_dx: bool,
-    needs_da: bool,
-    needs_db: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    needs_da: list[bool],
+    needs_db: list[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     return (
         x.new_empty(x.shape if needs_dx else 0),
-        a.new_empty(a.shape if needs_da else 0),
-        b.new_empty(b.shape if needs_db else 0),
+        [t.new_empty(t.shape if needed else 0) for t, needed in zip(a, needs_da, strict=True)],
+        [t.new_empty(t.shape if needed else 0) for t, needed in zip(b, needs_db, strict=True)],
     )
 
 
-_lora_forward: Callable[..., tuple[Tensor, Tensor]] = register(
-    "lora_forward(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, float scale, float dropout_p, Tensor? seed)"
-    " -> (Tensor, Tensor)",
+_lora_forward: Callable[..., tuple[list[Tensor], Tensor]] = register(
+    "lora_forward(Tensor x, Tensor[] w, Tensor?[] bias, Tensor[] a, Tensor[] b, int[] counts, float[] scales,"
+    " float[] dropout_ps, Tensor? seeds, bool fast) -> (Tensor[], Tensor)",
     _forward,
     _fake_forward,
 )
-_lora_backward = register(
-    "lora_backward(Tensor dy, Tensor x, Tensor w, Tensor a, Tensor b, Tensor s, float scale, float dropout_p,"
-    " Tensor? seed, bool needs_dx, bool needs_da, bool needs_db) -> (Tensor, Tensor, Tensor)",
+_lora_backward: Callable[..., tuple[Tensor, list[Tensor], list[Tensor]]] = register(
+    "lora_backward(Tensor[] dys, Tensor x, Tensor[] w, Tensor[] a, Tensor[] b, Tensor s, int[] counts, float[] scales,"
+    " float[] dropout_ps, Tensor? seeds, bool fast, bool needs_dx, bool[] needs_da, bool[] needs_db)"
+    " -> (Tensor, Tensor[], Tensor[])",
     _backward,
     _fake_backward,
 )

@@ -12,9 +12,9 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """A one-element int64 seed from torch's generator of `device`: checkpointing replays it, CUDA graphs capture it."""
-    return torch.randint(2**63 - 1, (1,), device=device)  # torch.compile has no graph for Tensor.random_
+def draw_seed(device: torch.device, count: int = 1) -> Tensor:
+    """`count` int64 seeds from torch's generator of `device`: checkpointing replays them, CUDA graphs capture them."""
+    return torch.randint(2**63 - 1, (count,), device=device)  # torch.compile has no graph for Tensor.random_
 
 
 def threshold(p: float) -> int:
