@@ -296,7 +296,7 @@ def test_opcheck(device, dtypes, dropout_p):
     torch.library.opcheck(ops.lora_forward.default, (x, [w], [None], [a], [b], *options))
     dy, s = torch.randn(9, 23, device=device, dtype=x.dtype), torch.randn(9, 4, device=device)
     for needs in ((True, [True], [True]), (False, [True], [False])):
-        torch.library.opcheck(ops.lora_backward.default, ([dy], x, [w], [a], [b], s, *options, *needs))
+        torch.library.opcheck(ops.lora_backward.default, (x, [dy], [w], [a], [b], s, *options, *needs))
 
 
 def test_compiles_without_a_graph_break(device):

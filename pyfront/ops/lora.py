@@ -110,12 +110,12 @@ def lora_linear_group(x: Tensor, projections: Sequence[Projection], *, compute: 
         [float(adapter.scale) for adapter in adapters],
         [float(adapter.dropout_p) for adapter in adapters],
         compute == "fast",
-        *(projection.w for projection in projections),
-        *(projection.bias for projection in projections),
-        *(adapter.a for adapter in adapters),
-        *(adapter.b for adapter in adapters),
+        *[projection.w for projection in projections],
+        *[projection.bias for projection in projections],
+        *[adapter.a for adapter in adapters],
+        *[adapter.b for adapter in adapters],
     )
-    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
+    return tuple([y.view(*x.shape[:-1], y.shape[1]) for y in ys])
 
 
 def lora_linear_reference(
@@ -219,7 +219,7 @@ class _LoraLinear(torch.autograd.Function):
         needs_dx, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         _, needs_dbias, needs_da, needs_db = _split(needs, counts)
         dx, da, db = _lora_backward(
-            list(dys), x, w, a, b, s, counts, scales, dropout_ps, seeds, fast, needs_dx, needs_da, needs_db
+            x, list(dys), w, a, b, s, counts, scales, dropout_ps, seeds, fast, needs_dx, needs_da, needs_db
         )
         wanted = zip(dys, ctx.bias_dtypes, needs_dbias, strict=True)
         return (
@@ -234,9 +234,7 @@ class _LoraLinear(torch.autograd.Function):
 def _split(values: Sequence[Any], counts: Sequence[int]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
     """Of w, bias, a and b, what _LoraLinear takes as one list."""
     P, A = len(counts), sum(counts)
-    ends = (0, P, 2 * P, 2 * P + A, 2 * P + 2 * A)
-    w, bias, a, b = (list(values[start:end]) for start, end in zip(ends, ends[1:], strict=False))
-    return w, bias, a, b
+    return list(values[:P]), list(values[P : 2 * P]), list(values[2 * P : 2 * P + A]), list(values[2 * P + A :])
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -245,29 +243,39 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _tables(
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    da: Sequence[Tensor],
-    db: Sequence[Tensor],
-    counts: Sequence[int],
-    scales: Sequence[float],
-    dropout_ps: Sequence[float],
+    a: list[Tensor],
+    b: list[Tensor],
+    da: list[Tensor] | None,
+    db: list[Tensor] | None,
+    counts: list[int],
+    scales: list[float],
+    dropout_ps: list[float],
     seeds: Tensor | None,
-    ys: Sequence[Tensor],
-    bias: Sequence[Tensor | None],
+    ys: list[Tensor],
+    bias: list[Tensor | None] | None,
 ) -> tuple[array[int], array[float], array[int]]:
     """The adapters, their numbers and the projections, as csrc/lora.h has them; empty gradients are not wanted."""
-    adapters, factors, projections = array("q"), array("d"), array("q")
+    adapters: list[int] = []
+    factors: list[float] = []
+    projections: list[int] = []
     numbers = [0] * len(a) if seeds is None else seeds.tolist()
-    owners = [projection for projection, count in enumerate(counts) for _ in range(count)]
-    for i, owner in enumerate(owners):
-        gradients = (_native.address(t[i]) if t and t[i].numel() else 0 for t in (da, db))
-        adapters.extend((a[i].data_ptr(), b[i].data_ptr(), *gradients, a[i].shape[0], owner, numbers[i]))
-        factors.extend((scales[i], dropout_ps[i]))
-    for y, t in zip(ys, bias, strict=True):
-        dtype = 0 if t is None else _native.code(t.dtype)
-        projections.extend((y.shape[1], y.data_ptr(), y.stride(0), _native.address(t), dtype))
-    return adapters, factors, projections
+    first = 0
+    for owner, count in enumerate(counts):
+        for i in range(first, first + count):
+            to_da = da[i].data_ptr() if da and da[i].numel() else 0
+            to_db = db[i].data_ptr() if db and db[i].numel() else 0
+            adapters += a[i].data_ptr(), b[i].data_ptr(), to_da, to_db, a[i].shape[0], owner, numbers[i]
+            factors += scales[i], dropout_ps[i]
+        first += count
+        y = ys[owner]
+        t = bias[owner] if bias else None
+        at_bias, dtype = (0, 0) if t is None else (t.data_ptr(), _native.code(t.dtype))
+        projections += y.shape[1], y.data_ptr(), y.stride(0), at_bias, dtype
+    return array("q", adapters), array("d", factors), array("q", projections)
+
+
+def _to(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)  # half the cost of a call of `to`
 
 
 def _forward(
@@ -285,30 +293,31 @@ def _forward(
     x = _rows(x)
     a, b = [t.contiguous() for t in a], [t.contiguous() for t in b]
     bias = [None if t is None else t.contiguous() for t in bias]
-    backend = choose("lora", x.device)
-    dtype = gemm_dtype(x.device.type, x.dtype) if backend == "cpu" else x.dtype
-    ys = [x.new_empty(x.shape[0], t.shape[0], dtype=dtype) for t in w]
-    s = x.new_empty(x.shape[0], sum(t.shape[0] for t in a), dtype=torch.float32)
+    device = x.device
+    backend = choose("lora", device)
+    M, K = x.shape
+    dtype = gemm_dtype(device.type, x.dtype) if backend == "cpu" else x.dtype
+    ys = [torch.empty((M, t.shape[0]), dtype=dtype, device=device) for t in w]
+    s = torch.empty((M, sum([t.shape[0] for t in a])), dtype=torch.float32, device=device)
     if backend == "cpu":
-        tables = _tables(a, b, (), (), counts, scales, dropout_ps, seeds, ys, bias)
-        adapters, factors, projections = (table.buffer_info()[0] for table in tables)
+        tables = _tables(a, b, None, None, counts, scales, dropout_ps, seeds, ys, bias)
+        adapters, factors, projections = [table.buffer_info()[0] for table in tables]
+        code = _native.code
         _native.extension().lora_forward(
-            *(x.data_ptr(), s.data_ptr(), adapters, factors, len(a), projections, len(ys)),
-            *(*x.shape, x.stride(0)),
-            *map(_native.code, (x.dtype, a[0].dtype if a else x.dtype, dtype)),
-            _native.threads(),
+            *(x.data_ptr(), s.data_ptr(), adapters, factors, len(a), projections, len(ys), M, K, x.stride(0)),
+            *(code(x.dtype), code(a[0].dtype) if a else 0, code(dtype), _native.threads()),
         )
     else:
         _gpu_forward(_primitives(backend), x, bias, a, b, counts, scales, dropout_ps, seeds, fast, ys, s)
-    h = x.to(dtype)
+    h = _to(x, dtype)
     for y, t in zip(ys, w, strict=True):
-        y.addmm_(h, t.to(dtype).t())
-    return [y.to(x.dtype) for y in ys], s
+        y.addmm_(h, _to(t, dtype).t())
+    return [_to(y, x.dtype) for y in ys], s
 
 
 def _backward(
-    dys: list[Tensor],
     x: Tensor,
+    dys: list[Tensor],
     w: list[Tensor],
     a: list[Tensor],
     b: list[Tensor],
@@ -324,27 +333,28 @@ def _backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     x, dys = _rows(x), [_rows(dy) for dy in dys]
     a, b = [t.contiguous() for t in a], [t.contiguous() for t in b]
-    backend = choose("lora", x.device)
-    dtype = gemm_dtype(x.device.type, x.dtype) if backend == "cpu" else x.dtype
-    dx = x.new_empty(x.shape if needs_dx else 0, dtype=dtype)
-    da = [t.new_empty(t.shape if needed else 0) for t, needed in zip(a, needs_da, strict=True)]
-    db = [t.new_empty(t.shape if needed else 0) for t, needed in zip(b, needs_db, strict=True)]
+    device = x.device
+    backend = choose("lora", device)
+    M, K = x.shape
+    dtype = gemm_dtype(device.type, x.dtype) if backend == "cpu" else x.dtype
+    dx = torch.empty((M, K) if needs_dx else (0,), dtype=dtype, device=device)
+    da = [torch.empty_like(t) if needed else t.new_empty(0) for t, needed in zip(a, needs_da, strict=True)]
+    db = [torch.empty_like(t) if needed else t.new_empty(0) for t, needed in zip(b, needs_db, strict=True)]
     if backend == "cpu":
-        tables = _tables(a, b, da, db, counts, scales, dropout_ps, seeds, dys, [None] * len(dys))
-        adapters, factors, projections = (table.buffer_info()[0] for table in tables)
+        tables = _tables(a, b, da, db, counts, scales, dropout_ps, seeds, dys, None)
+        adapters, factors, projections = [table.buffer_info()[0] for table in tables]
+        code = _native.code
         _native.extension().lora_backward(
             *(x.data_ptr(), s.data_ptr(), dx.data_ptr() if dx.numel() else 0),
-            *(adapters, factors, len(a), projections, len(dys)),
-            *(*x.shape, x.stride(0)),
-            *map(_native.code, (x.dtype, a[0].dtype if a else x.dtype, dtype)),
-            _native.threads(),
+            *(adapters, factors, len(a), projections, len(dys), M, K, x.stride(0)),
+            *(code(x.dtype), code(a[0].dtype) if a else 0, code(dtype), _native.threads()),
         )
     else:
         _gpu_backward(_primitives(backend), dys, x, a, b, s, counts, scales, dropout_ps, seeds, fast, dx, da, db)
     if needs_dx:
         for dy, t in zip(dys, w, strict=True):
-            dx.addmm_(dy.to(dtype), t.to(dtype))
-    return dx.to(x.dtype), da, db
+            dx.addmm_(_to(dy, dtype), _to(t, dtype))
+    return _to(dx, x.dtype), da, db
 
 
 def _primitives(backend: str) -> Any:
@@ -483,8 +493,8 @@ def _fake_forward(
 
 
 def _fake_backward(
-    dys: list[Tensor],
     x: Tensor,
+    dys: list[Tensor],
     w: list[Tensor],
     a: list[Tensor],
     b: list[Tensor],
@@ -512,7 +522,7 @@ _lora_forward: Callable[..., tuple[list[Tensor], Tensor]] = register(
     _fake_forward,
 )
 _lora_backward: Callable[..., tuple[Tensor, list[Tensor], list[Tensor]]] = register(
-    "lora_backward(Tensor[] dys, Tensor x, Tensor[] w, Tensor[] a, Tensor[] b, Tensor s, int[] counts, float[] scales,"
+    "lora_backward(Tensor x, Tensor[] dys, Tensor[] w, Tensor[] a, Tensor[] b, Tensor s, int[] counts, float[] scales,"
     " float[] dropout_ps, Tensor? seeds, bool fast, bool needs_dx, bool[] needs_da, bool[] needs_db)"
     " -> (Tensor, Tensor[], Tensor[])",
     _backward,
