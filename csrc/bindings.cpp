@@ -58,10 +58,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def("lora_forward", cpu_launcher(fusetune::cpu::lora_forward), "x"_a, "s"_a, "adapters"_a, "factors"_a,
         "adapter_count"_a, "projections"_a, "projection_count"_a, "M"_a, "K"_a, "x_row"_a, "dtype"_a, "adapter_dtype"_a,
-        "y_dtype"_a, "threads"_a);
+        "y_dtype"_a, "fast"_a, "threads"_a);
   m.def("lora_backward", cpu_launcher(fusetune::cpu::lora_backward), "x"_a, "s"_a, "dx0"_a, "adapters"_a, "factors"_a,
         "adapter_count"_a, "projections"_a, "projection_count"_a, "M"_a, "K"_a, "x_row"_a, "dtype"_a, "adapter_dtype"_a,
-        "dx_dtype"_a, "threads"_a);
+        "dx_dtype"_a, "fast"_a, "threads"_a);
 
   m.def("flash_attention_forward", cpu_launcher(fusetune::cpu::flash_attention_forward), "q"_a, "k"_a, "v"_a, "keep"_a,
         "o"_a, "lse"_a, "B"_a, "H"_a, "Hkv"_a, "Sq"_a, "Sk"_a, "D"_a, "strides"_a, "keep_row"_a, "scale"_a, "causal"_a,

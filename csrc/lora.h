@@ -14,8 +14,8 @@
 //              db_j = scale_j dy_P^T s_j       [N, R]
 //
 // Neither D nor x . D is stored: backward recomputes them from the seed. All arithmetic is float32; a tensor's storage
-// type is rounded to once, when it is written. But for the tensor cores of GPUs, 16-bit adapters have s and ds rounded to
-// their type, in which float16 must hold them.
+// type is rounded to once, when it is written. But where the machine multiplies 16-bit matrices, adapters of such a type,
+// or those that may be rounded to it, have s and ds rounded too; float16 must hold them then.
 //
 // Cost beyond the frozen layers: 6 M R (K + N) flops an adapter; read x twice, each dy once, write each y0 and dx0 once.
 #pragma once
@@ -60,7 +60,9 @@ using LoraForward = void(const void* x,  // [M, K], rows x_row elements apart
                          const int64_t* projections, int64_t projection_count, int64_t M, int64_t K, int64_t x_row,
                          int dtype,          // of x
                          int adapter_dtype,  // of every a and b
-                         int y_dtype, int threads);
+                         int y_dtype,
+                         int fast,  // whether adapters may be rounded to dtype
+                         int threads);
 FUSETUNE_LAUNCHER(LoraForward, lora_forward)
 
 using LoraBackward = void(const void* x, const float* s,
@@ -69,7 +71,7 @@ using LoraBackward = void(const void* x, const float* s,
                           const int64_t* projections, int64_t projection_count, int64_t M, int64_t K, int64_t x_row,
                           int dtype,          // of x and dy
                           int adapter_dtype,  // of every a, b, da, db
-                          int dx_dtype, int threads);
+                          int dx_dtype, int fast, int threads);
 FUSETUNE_LAUNCHER(LoraBackward, lora_backward)
 
 }  // namespace cpu

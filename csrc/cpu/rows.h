@@ -127,6 +127,22 @@ struct Dropout {
   FUSETUNE_INLINE i32v lower_mask(u32v pair) { return (i32v)(pair << 16) >> 16; }
   FUSETUNE_INLINE i32v upper_mask(u32v pair) { return (i32v)pair >> 16; }
 
+  // Of a row's mask, -1 or 0 for the columns c .. c + W.
+  FUSETUNE_INLINE i32v mask_of(const uint32_t* pairs, int64_t c) {
+    const u32v pair = (u32v)load((const int32_t*)pairs + c / 32 * 16 + c % 16);
+    return c % 32 < 16 ? lower_mask(pair) : upper_mask(pair);
+  }
+
+  // row[0:128] = 0 where dropped.
+  FUSETUNE_INLINE void apply(const uint32_t* pairs, uint16_t* row) {
+    for (int64_t c = 0; c < kMaskGroup; c += W) {
+      u16v v;
+      memcpy(&v, row + c, sizeof v);
+      v &= narrow((u32v)mask_of(pairs, c) & 0xFFFFu);
+      memcpy(row + c, &v, sizeof v);
+    }
+  }
+
   // dst[0:128] = src[0:128] where kept, 0 where dropped; src may be dst.
   FUSETUNE_INLINE void apply(const uint32_t* pairs, const float* src, float* dst) {
     for (int i = 0; i < kMaskPairs; i += 16)

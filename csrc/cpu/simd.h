@@ -186,6 +186,29 @@ FUSETUNE_INLINE u16v to_bfloat16(f32v v) {
   return narrow((rounded_to_bfloat16(v) | quiet) >> 16);
 }
 
+// Two neighbours of a sum's terms as bfloat16, the first in the lower half of each lane: acc + a0 b0 + a1 b1.
+#if FUSETUNE_X86 && defined(__AVX512BF16__)
+constexpr bool kDotBFloat16 = true;
+FUSETUNE_INLINE f32v dot_bfloat16(f32v acc, u32v a, u32v b) {
+  return (f32v)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+}
+#else
+#ifdef FUSETUNE_EMULATED
+constexpr bool kDotBFloat16 = true;
+#else
+constexpr bool kDotBFloat16 = false;  // two products of float32 are no slower
+#endif
+FUSETUNE_INLINE f32v dot_bfloat16(f32v acc, u32v a, u32v b) {
+  acc += (f32v)(a << 16) * (f32v)(b << 16);
+  return acc + (f32v)(a & 0xFFFF0000u) * (f32v)(b & 0xFFFF0000u);
+}
+#endif
+FUSETUNE_INLINE u32v pair_bfloat16(f32v first, f32v second) {
+  const u32v a = rounded_to_bfloat16(first) | ((u32v)(first != first) & 0x7FC00000u);
+  const u32v b = rounded_to_bfloat16(second) | ((u32v)(second != second) & 0x7FC00000u);
+  return a >> 16 | (b & 0xFFFF0000u);
+}
+
 FUSETUNE_INLINE f32v from_float16(u16v v) {
 #if FUSETUNE_X86 && defined(__AVX512F__)
   return (f32v)_mm512_cvtph_ps((__m256i)v);

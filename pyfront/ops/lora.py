@@ -305,7 +305,7 @@ def _forward(
         code = _native.code
         _native.extension().lora_forward(
             *(x.data_ptr(), s.data_ptr(), adapters, factors, len(a), projections, len(ys), M, K, x.stride(0)),
-            *(code(x.dtype), code(a[0].dtype) if a else 0, code(dtype), _native.threads()),
+            *(code(x.dtype), code(a[0].dtype) if a else 0, code(dtype), fast, _native.threads()),
         )
     else:
         _gpu_forward(_primitives(backend), x, bias, a, b, counts, scales, dropout_ps, seeds, fast, ys, s)
@@ -347,7 +347,7 @@ def _backward(
         _native.extension().lora_backward(
             *(x.data_ptr(), s.data_ptr(), dx.data_ptr() if dx.numel() else 0),
             *(adapters, factors, len(a), projections, len(dys), M, K, x.stride(0)),
-            *(code(x.dtype), code(a[0].dtype) if a else 0, code(dtype), _native.threads()),
+            *(code(x.dtype), code(a[0].dtype) if a else 0, code(dtype), fast, _native.threads()),
         )
     else:
         _gpu_backward(_primitives(backend), dys, x, a, b, s, counts, scales, dropout_ps, seeds, fast, dx, da, db)
