@@ -66,7 +66,7 @@ using LoraForward = void(const void* x,  // [M, K], rows x_row elements apart
 FUSETUNE_LAUNCHER(LoraForward, lora_forward)
 
 using LoraBackward = void(const void* x, const float* s,
-                          void* dx0,  // [M, K] out, or null
+                          void* dx0,  // [M, K] out, or null; not written without adapters
                           const int64_t* adapters, const double* factors, int64_t adapter_count,
                           const int64_t* projections, int64_t projection_count, int64_t M, int64_t K, int64_t x_row,
                           int dtype,          // of x and dy

@@ -337,7 +337,8 @@ def _backward(
     backend = choose("lora", device)
     M, K = x.shape
     dtype = gemm_dtype(device.type, x.dtype) if backend == "cpu" else x.dtype
-    dx = torch.empty((M, K) if needs_dx else (0,), dtype=dtype, device=device)
+    make = torch.empty if a else torch.zeros  # without adapters, nothing writes dx0
+    dx = make((M, K) if needs_dx else (0,), dtype=dtype, device=device)
     da = [torch.empty_like(t) if needed else t.new_empty(0) for t, needed in zip(a, needs_da, strict=True)]
     db = [torch.empty_like(t) if needed else t.new_empty(0) for t, needed in zip(b, needs_db, strict=True)]
     if backend == "cpu":
@@ -457,8 +458,6 @@ def _gpu_backward(
         kernels.down(dys[projection], b[i].t(), ds[:, columns], scales[i], 0.0, None)
         if db[i].numel():
             kernels.outer(s[:, columns], dys[projection], db[i].t(), scales[i], 0.0, None, dot_dtype)
-    if not a and dx.numel():
-        dx.zero_()
     for stack in _stacks(a, dropout_ps, seeds):
         mask = stack.dropout_p, stack.seed
         if dx.numel():
