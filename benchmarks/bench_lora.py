@@ -1,19 +1,23 @@
-"""LoRA linear, forward and backward, against the frozen layer alone and PEFT's formula.
+"""LoRA layers, forward and backward, against the frozen layer alone, PEFT's layer, and PEFT's layer compiled.
 
-lora_tax = t(LoRA) / t(frozen linear: y and dx) - 1. Its floor is the adapter's share of the flops, 1.5 R (1/K + 1/N).
+lora_tax = t(LoRA) / t(frozen layer: y and dx) - 1. Its floor is the adapter's share of the flops, 1.5 R (1/K + 1/N).
+Saved bytes are what forward keeps for backward beyond x and the parameters.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import timer
 import torch
-import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 
-from fusetune.backend import gemm_dtype
-from fusetune.ops import lora_linear, lora_linear_reference
+from fusetune import _native, patch
+from fusetune.backend import BACKENDS, gemm_dtype
 
 SHAPES = [  # M, K, N
     (4096, 384, 384),
@@ -26,6 +30,106 @@ SHAPES = [  # M, K, N
 RANK = 16
 
 
+def backends() -> list[str]:
+    """What users get, and by name the other GPU back ends or instruction sets of this machine."""
+    if torch.cuda.is_available():
+        return list(BACKENDS["lora"]["cuda"])
+    extension = _native.extension()
+    return [level for level in extension.isa_available() if level != "emulated"]
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    before = _native.extension().isa()
+    if torch.cuda.is_available():
+        monkeypatch.setenv("FUSETUNE_BACKEND", request.param)
+    else:
+        _native.extension().set_isa(request.param)
+    yield request.param
+    _native.extension().set_isa(before)
+
+
+def layers(
+    device: torch.device, sizes: list[tuple[int, int]], dtype: torch.dtype, **config: Any
+) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """Frozen layers [K, N] and the same in PEFT, with float32 adapters as PEFT makes them."""
+    torch.manual_seed(0)
+    frozen = nn.ModuleList(nn.Linear(K, N, bias=False) for K, N in sizes).to(device, dtype).requires_grad_(False)
+    config = {"r": RANK, "lora_alpha": 2 * RANK, "init_lora_weights": False, **config}
+    targets = [str(i) for i in range(len(sizes))]
+    model = get_peft_model(copy.deepcopy(frozen), LoraConfig(target_modules=targets, **config))
+    return frozen, model.base_model.model
+
+
+def step(modules: Any, x: Tensor, dys: list[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of x and of what is trained."""
+    ys = [module(x) for module in modules]
+    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+    return torch.autograd.grad(ys, [x, *trained], dys)
+
+
+def saved_bytes(modules: Any, x: Tensor) -> int:
+    own = {x.data_ptr(), *(p.data_ptr() for module in modules for p in module.parameters())}
+    saved: dict[int, int] = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.setdefault(t.data_ptr(), t.untyped_storage().nbytes()) and t, lambda t: t
+    ):
+        ys = [module(x) for module in modules]
+    own |= {y.data_ptr() for y in ys}
+    return sum(size for pointer, size in saved.items() if pointer not in own)
+
+
+def agree(ours: Any, stock: Any, x: Tensor, dys: list[Tensor]) -> None:
+    """Without dropout, whose masks differ."""
+    for modules in (ours, stock):
+        modules.eval()
+    for got, expected in zip(step(ours, x, dys), step(stock, x, dys), strict=True):
+        assert (got - expected).norm() <= (1e-4 if x.dtype == torch.float32 else 3e-2) * expected.norm()
+    for modules in (ours, stock):
+        modules.train()
+
+
+def compare(
+    benchmark: Any,
+    device: torch.device,
+    M: int,
+    sizes: list[tuple[int, int]],
+    dtype: torch.dtype,
+    dropout_p: float,
+    compiled: bool,
+    backend: str | None = None,
+    **config: Any,
+) -> None:
+    """Times patched layers of these sizes [K, N], which share x [M, K]."""
+    if gemm_dtype(device.type, dtype) != dtype and M * sum(K * N for K, N in sizes) > 4e9:
+        pytest.skip(f"torch emulates {dtype} products here: its step takes minutes")
+    frozen, stock = layers(device, sizes, dtype, lora_dropout=dropout_p, **config)
+    ours = copy.deepcopy(stock)
+    patch(ours, ops=["lora"], strict=True)
+    x = torch.randn(M, sizes[0][0], device=device).to(dtype).requires_grad_()
+    dys = [torch.randn(M, N, device=device).to(dtype) for _, N in sizes]
+    agree(ours, stock, x, dys)
+    others = {"frozen": lambda: step(frozen, x, dys), "peft": lambda: step(stock, x, dys)}
+    if compiled:
+        torch._dynamo.reset()
+        fast = nn.ModuleList(torch.compile(layer, dynamic=False) for layer in stock)
+        others["peft_compiled"] = lambda: step(fast, x, dys)
+    K, N = sizes[0][0], sum(N for _, N in sizes)
+    options = "".join(f" {key}" for key in config)
+    timer.compare(
+        *(benchmark, lambda: step(ours, x, dys), others),
+        **dict(op="lora_linear", shape=f"{M}x{K}x{'+'.join(str(N) for _, N in sizes)} r={RANK}{options}"),
+        **dict(dtype=str(dtype)[6:], dropout_p=dropout_p, **({"backend": backend} if backend else {})),
+        floor=round(1.5 * RANK * (len(sizes) / N + 1 / K), 4),
+        saved_bytes=saved_bytes(ours, x),
+        peft_saved_bytes=saved_bytes(stock, x),
+    )
+    info = benchmark.extra_info
+    info["lora_tax"] = round(1 / info["speedup_over_frozen"] - 1, 4)
+    for name in ("peft", "peft_compiled")[: 1 + compiled]:
+        info[f"{name}_tax"] = round(info[f"speedup_over_{name}"] / info["speedup_over_frozen"] - 1, 4)
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
@@ -33,32 +137,10 @@ def test_lora_linear(
     benchmark: Any, device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype, dropout_p: float
 ) -> None:
     M, K, N = shape
-    if gemm_dtype(device.type, dtype) != dtype and M * K * N > 4e9:
-        pytest.skip(f"torch emulates {dtype} products here: its step takes minutes")
-    torch.manual_seed(0)
-    x = torch.randn(M, K, device=device).to(dtype).requires_grad_()
-    w = (torch.randn(N, K, device=device) / K**0.5).to(dtype)
-    a = (torch.randn(RANK, K, device=device) / K**0.5).requires_grad_()  # float32, as PEFT keeps adapters
-    b = (torch.randn(N, RANK, device=device) / RANK**0.5).requires_grad_()
-    dy = torch.randn(M, N, device=device).to(dtype)
+    compare(benchmark, device, M, [(K, N)], dtype, dropout_p, compiled=dtype == torch.float32 or device.type == "cuda")
 
-    def frozen() -> Any:
-        return torch.autograd.grad(F.linear(x, w), x, dy)
 
-    def peft() -> Any:
-        y = F.linear(x, w) + F.linear(F.linear(F.dropout(x.to(a.dtype), dropout_p), a), b) * 2.0
-        return torch.autograd.grad(y.to(dtype), (x, a, b), dy)
-
-    def ours() -> Any:
-        return torch.autograd.grad(lora_linear(x, w, a, b, 2.0, dropout_p=dropout_p), (x, a, b), dy)
-
-    y, expected = lora_linear(x, w, a, b, 2.0), lora_linear_reference(x, w, a, b, 2.0)
-    assert (y - expected).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * expected.norm()
-    timer.compare(
-        *(benchmark, ours, {"frozen": frozen, "peft": peft}),
-        **dict(op="lora_linear", shape=f"{M}x{K}x{N} r={RANK}", dtype=str(dtype)[6:], dropout_p=dropout_p),
-        floor=round(1.5 * RANK * (1 / K + 1 / N), 4),
-    )
-    info = benchmark.extra_info
-    info["lora_tax"] = round(1 / info["speedup_over_frozen"] - 1, 4)
-    info["peft_tax"] = round(info["speedup_over_peft"] / info["speedup_over_frozen"] - 1, 4)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("backend", backends(), indirect=True)
+def test_backends(benchmark: Any, device: torch.device, backend: str, dropout_p: float) -> None:
+    compare(benchmark, device, 1024, [(768, 768)], torch.float32, dropout_p, compiled=False, backend=backend)

@@ -115,6 +115,32 @@ def ops_table(rows: list[Row]) -> str:
     )
 
 
+def tax_table(rows: list[Row]) -> str:
+    """What LoRA adds to the time of frozen layers, without and with dropout. Not where the frozen layer itself is emulated,
+    so that ours is faster."""
+    layers: dict[tuple[str, str], dict[float, Row]] = {}
+    for row in rows:
+        if row.get("lora_tax", -1) > -0.5 and "backend" not in row:
+            layers.setdefault((row["shape"], row["dtype"]), {})[row["dropout_p"]] = row
+
+    def taxes(row: Row) -> list[str]:
+        cells = [f"{row[name]:+.1%}" if name in row else "" for name in ("peft_tax", "peft_compiled_tax")]
+        return [
+            *cells,
+            f"**{row['lora_tax']:+.1%}**",
+            f"{row['peft_saved_bytes'] / 1e6:.3g} → {row['saved_bytes'] / 1e6:.2g} MB",
+        ]
+
+    heads = ["PEFT", "compiled", "fusetune", "saved for backward"]
+    return table(
+        ["LoRA over frozen, M×K×N", "dtype", "floor", *heads, *(f"{head}, dropout 0.1" for head in heads)],
+        (
+            [shape, dtype, f"{found[0.0]['floor']:+.1%}", *taxes(found[0.0]), *taxes(found[0.1])]
+            for (shape, dtype), found in layers.items()
+        ),
+    )
+
+
 def cells_table(rows: list[Row]) -> str:
     return table(
         ["op", "cell", "stock", "fusetune", "speed-up", "beside"],
@@ -123,7 +149,7 @@ def cells_table(rows: list[Row]) -> str:
                 row["op"],
                 ", ".join(
                     str(row[name])
-                    for name in ("shape", "mask", "dtype", "dropout_p")
+                    for name in ("shape", "mask", "dtype", "dropout_p", "backend")
                     if row.get(name) not in (None, 0.0)
                 ),
                 milliseconds(stock_ms(row)),
@@ -158,7 +184,7 @@ def documents() -> dict[Path, str]:
         results = json.loads(file.read_text())
         rows = results["benchmarks"]
         steps, cells = [r for r in rows if r["op"] == "finetune"], [r for r in rows if r["op"] != "finetune"]
-        said, summary = machine(results), f"{steps_table(steps)}\n{ops_table(cells)}"
+        said, summary = machine(results), "\n".join([steps_table(steps), ops_table(cells), tax_table(cells)])
         where = f"[All cells](benchmarks/results/{file.stem}.md); `make bench` measures your machine."
         first_screen.append(f"{said} {where}\n\n{summary}")
         title = f"# {results['machine_info']['device']}"
