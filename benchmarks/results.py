@@ -116,8 +116,8 @@ def ops_table(rows: list[Row]) -> str:
 
 
 def tax_table(rows: list[Row]) -> str:
-    """What LoRA adds to the time of frozen layers, without and with dropout. Not where torch emulates their products, so
-    that ours is faster."""
+    """What LoRA adds to the time of frozen layers, without and with dropout. Not where torch emulates their products,
+    so that ours is faster."""
     layers: dict[tuple[str, str], dict[float, Row]] = {}
     for row in rows:
         if row.get("lora_tax", -1) > -0.5 and "backend" not in row:
