@@ -86,7 +86,7 @@ def rows(usages: list[Usage]) -> str:
 
 def group(usage: Usage) -> tuple[str, str]:
     """Case and kernel of the row that a usage belongs to."""
-    case = re.sub(r", (causal|padding|dropout|amsgrad|unaligned)", "", usage.case)
+    case = re.sub(r", (causal|padding|dropout of two masks|dropout|amsgrad|unaligned)", "", usage.case)
     return tuple(re.sub(r"\b(bf16|fp16)\b", "16-bit", name) for name in (case, usage.kernel))
 
 

@@ -73,13 +73,17 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("adamw_step", cpu_launcher(fusetune::cpu::adamw_step), "table"_a, "rows"_a, "hypers"_a, "grad_scale"_a,
         "found_inf"_a, "threads"_a);
 #ifdef FUSETUNE_WITH_CUDA
-  m.def("cuda_lora_forward", cuda_launcher(fusetune::cuda::lora_forward), "x"_a, "a"_a, "b"_a, "bias"_a, "y0"_a, "s"_a,
-        "M"_a, "N"_a, "K"_a, "R"_a, "x_row"_a, "scale"_a, "dropout_p"_a, "seed"_a, "dtype"_a, "adapter_dtype"_a,
-        "stream"_a);
-  m.def("cuda_lora_workspace", fusetune::cuda::lora_workspace, "M"_a, "N"_a, "K"_a, "R"_a);
-  m.def("cuda_lora_backward", cuda_launcher(fusetune::cuda::lora_backward), "dy"_a, "x"_a, "a"_a, "b"_a, "s"_a, "dx0"_a,
-        "da"_a, "db"_a, "workspace"_a, "M"_a, "N"_a, "K"_a, "R"_a, "dy_row"_a, "x_row"_a, "scale"_a, "dropout_p"_a,
-        "seed"_a, "dtype"_a, "adapter_dtype"_a, "stream"_a);
+  m.def("cuda_lora_down", cuda_launcher(fusetune::cuda::lora_down), "t"_a, "w"_a, "out"_a, "M"_a, "C"_a, "R"_a,
+        "t_row"_a, "w_rank"_a, "w_col"_a, "out_row"_a, "factor"_a, "dropout_p"_a, "seed"_a, "masks"_a, "dtype"_a,
+        "w_dtype"_a, "stream"_a);
+  m.def("cuda_lora_up", cuda_launcher(fusetune::cuda::lora_up), "t"_a, "w"_a, "bias"_a, "out"_a, "M"_a, "C"_a, "R"_a,
+        "t_row"_a, "w_rank"_a, "w_col"_a, "out_row"_a, "factor"_a, "dropout_p"_a, "seed"_a, "masks"_a, "accumulate"_a,
+        "dtype"_a, "w_dtype"_a, "bias_dtype"_a, "stream"_a);
+  m.def("cuda_lora_outer_workspace", fusetune::cuda::lora_outer_workspace, "M"_a, "C"_a, "R"_a, "dropout_p"_a,
+        "masks"_a);
+  m.def("cuda_lora_outer", cuda_launcher(fusetune::cuda::lora_outer), "t"_a, "u"_a, "out"_a, "workspace"_a, "M"_a,
+        "C"_a, "R"_a, "t_row"_a, "u_row"_a, "out_rank"_a, "out_col"_a, "factor"_a, "dropout_p"_a, "seed"_a, "masks"_a,
+        "dtype"_a, "dot_dtype"_a, "out_dtype"_a, "stream"_a);
   m.def("cuda_adamw_step", cuda_launcher(fusetune::cuda::adamw_step), "table"_a, "rows"_a, "hypers"_a, "grad_scale"_a,
         "found_inf"_a, "stream"_a);
 #endif

@@ -77,19 +77,47 @@ FUSETUNE_LAUNCHER(LoraBackward, lora_backward)
 }  // namespace cpu
 }  // namespace fusetune
 
+// The products of which GPUs make both passes, with D as above; kernels/lora.py has the same. `factor` multiplies the
+// product, as does the factor of kept elements where there is dropout.
+//
+// A stack of adapters that share x has one call: w is theirs, one below another, and t or out theirs side by side. With
+// dropout it is cut into `masks` equal runs of ranks, and the i-th has the mask of seed[i]; without, seed is not read.
 namespace fusetune::cuda {
 
-// As above. y0 and dx0 have x's dtype; seed is on the device, and not read without dropout.
-void lora_forward(const void* x, const void* a, const void* b, const void* bias, void* y0, float* s, int64_t M,
-                  int64_t N, int64_t K, int64_t R, int64_t x_row, float scale, double dropout_p, const int64_t* seed,
-                  int dtype, int adapter_dtype, void* stream);
+// out = factor (t . D) w^T
+void lora_down(const void* t,  // [M, C], rows t_row elements apart
+               const void* w,  // [R, C], of strides w_rank and w_col, one of which is 1
+               float* out,     // [M, R], rows out_row elements apart
+               int64_t M, int64_t C, int64_t R, int64_t t_row, int64_t w_rank, int64_t w_col, int64_t out_row,
+               float factor, double dropout_p,
+               const int64_t* seed,  // [masks] on the device
+               int64_t masks,
+               int dtype,    // of t
+               int w_dtype,  // dtype or float32: in it the product is taken
+               void* stream);
 
-// Floats of the workspace that backward takes: ds, and the parts of da or db.
-int64_t lora_workspace(int64_t M, int64_t N, int64_t K, int64_t R);
+// out = bias + factor (t w) . D, added to what out holds where `accumulate`
+void lora_up(const float* t,    // [M, R], rows t_row elements apart
+             const void* w,     // [R, C], as above
+             const void* bias,  // [C], or null
+             void* out,         // [M, C], rows out_row elements apart
+             int64_t M, int64_t C, int64_t R, int64_t t_row, int64_t w_rank, int64_t w_col, int64_t out_row,
+             float factor, double dropout_p, const int64_t* seed, int64_t masks, bool accumulate,
+             int dtype,                    // of out
+             int w_dtype, int bias_dtype,  // each dtype or float32
+             void* stream);
 
-void lora_backward(const void* dy, const void* x, const void* a, const void* b, const float* s, void* dx0, void* da,
-                   void* db, float* workspace, int64_t M, int64_t N, int64_t K, int64_t R, int64_t dy_row,
-                   int64_t x_row, float scale, double dropout_p, const int64_t* seed, int dtype, int adapter_dtype,
-                   void* stream);
+// Floats of the workspace that lora_outer takes: the sums over parts of the rows.
+int64_t lora_outer_workspace(int64_t M, int64_t C, int64_t R, double dropout_p, int64_t masks);
+
+// out = factor t^T (u . D)
+void lora_outer(const float* t,  // [M, R], rows t_row elements apart
+                const void* u,   // [M, C], rows u_row elements apart
+                void* out,       // [R, C], of strides out_rank and out_col
+                float* workspace, int64_t M, int64_t C, int64_t R, int64_t t_row, int64_t u_row, int64_t out_rank,
+                int64_t out_col, float factor, double dropout_p, const int64_t* seed, int64_t masks,
+                int dtype,                     // of u
+                int dot_dtype, int out_dtype,  // each dtype or float32; the product is taken in dot_dtype
+                void* stream);
 
 }  // namespace fusetune::cuda

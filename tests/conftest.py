@@ -2,7 +2,8 @@
 
 A test that takes the fixture `backend` runs once for each backend of its module's op (`OP`): the CPU kernels at every
 ISA level, Triton in its interpreter, the CUDA kernels on the host (cuda_host/README.md), and on a GPU Triton and CUDA.
-One that takes `cpu_backend` runs at the ISA levels, and one that takes `device` with the backend that users get there.
+One that takes `cpu_backend` runs at the ISA levels, one that takes `gpu_backend` in the other rows, and one that takes
+`device` with the backend that users get there.
 Rows that cannot run here are skipped, and the reason is the one that `fusetune info` gives.
 
 Markers: `gpu` needs a CUDA device; `large` takes Triton's interpreter too long, and is left out of its rows.
@@ -39,11 +40,12 @@ def pytest_configure(config):
 
 def pytest_generate_tests(metafunc):
     levels = [f"cpu-{level}" for level in LEVELS]
-    if "backend" in metafunc.fixturenames:
-        on_gpu = BACKENDS[metafunc.module.OP]["cuda"]
-        gpu = [pytest.param(f"{name}-gpu", marks=pytest.mark.gpu) for name in on_gpu]
-        host = [HOST] if "cuda" in on_gpu else []
-        metafunc.parametrize("backend", [*levels, INTERPRETED, *host, *gpu], indirect=True)
+    for fixture, others in (("backend", levels), ("gpu_backend", [])):
+        if fixture in metafunc.fixturenames:
+            on_gpu = BACKENDS[metafunc.module.OP]["cuda"]
+            gpu = [pytest.param(f"{name}-gpu", marks=pytest.mark.gpu) for name in on_gpu]
+            host = [HOST] if "cuda" in on_gpu else []
+            metafunc.parametrize(fixture, [*others, INTERPRETED, *host, *gpu], indirect=True)
     if "cpu_backend" in metafunc.fixturenames:
         metafunc.parametrize("cpu_backend", levels, indirect=True)
     if "device" in metafunc.fixturenames:
@@ -54,7 +56,7 @@ def pytest_collection_modifyitems(config, items):
     left_out = []
     for item in items:
         call = getattr(item, "callspec", None)
-        if item.get_closest_marker("large") and call and call.params.get("backend") == INTERPRETED:
+        if item.get_closest_marker("large") and call and INTERPRETED in call.params.values():
             left_out.append(item)
         if item.get_closest_marker("gpu") and (reason := why_not("triton", "cuda")):
             item.add_marker(pytest.mark.skip(reason=reason))
@@ -96,7 +98,7 @@ def backend(request, monkeypatch):
     extension.set_isa(before)
 
 
-cpu_backend = backend
+cpu_backend = gpu_backend = backend
 
 
 @pytest.fixture(scope="session")

@@ -32,13 +32,26 @@ HIP_METADATA = ("vgpr_count", "private_segment_fixed_size")
 TARGETS = (SM80, SM90, GFX942)
 
 
-def lora_case(dtype: torch.dtype, adapter: torch.dtype, M: int, K: int, N: int, R: int, p: float) -> None:
+def lora_case(
+    dtype: torch.dtype, adapter: torch.dtype, M: int, K: int, N: int, R: int, p: float, masks: int = 1
+) -> None:
+    """Both passes of a layer. s and ds are columns of a wider matrix, whose rows are not aligned where there are masks;
+    gradients are float32, as those of compute="fast" are."""
     x, dy = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype)
     a, b = torch.empty(R, K, dtype=adapter), torch.empty(N, R, dtype=adapter)
-    s, bias = torch.empty(M, R), torch.empty(N, dtype=dtype)
-    seed = torch.zeros(1, dtype=torch.int64) if p else None
-    lora.forward(x, a, b, bias, dy, s, 2.0, p, seed)
-    lora.backward(dy, x, a, b, s, torch.empty_like(x), torch.empty_like(a), torch.empty_like(b), 2.0, p, seed)
+    s, bias = torch.empty(M, R + (5 if masks > 1 else R))[:, :R], torch.empty(N)
+    seed = torch.zeros(masks, dtype=torch.int64) if p else None
+    lora.down(x, a, s, 1.0, p, seed)
+    lora.up(s, b.t(), bias, dy, 2.0, 0.0, None, masks > 1)
+    lora.down(dy, b.t(), s, 2.0, 0.0, None)
+    lora.up(s, a, None, x, 1.0, p, seed, False)
+    lora.outer(s, x, torch.empty(R, K), 1.0, p, seed, adapter)
+    lora.outer(s, dy, torch.empty(N, R, dtype=adapter).t(), 2.0, 0.0, None, adapter)
+    if dtype != torch.float32:
+        w = torch.empty(N, K, dtype=dtype)
+        for tile in lora.linear_tiles(x.device):
+            lora.linear(x, w, s, b.t(), bias, dy, 2.0, 0.0, None, tile)
+            lora.linear(dy, w.t(), s, a, None, x, 1.0, p, seed[:1], tile)
 
 
 def attention_case(
@@ -68,6 +81,9 @@ def cases() -> dict[str, Callable[[], None]]:
             mixed = "" if adapter is dtype else f", {short[adapter]} adapter"
             found[f"lora {name}{mixed}, R={R}, dropout"] = lambda d=dtype, a=adapter, R=R: lora_case(
                 d, a, 2048, 1024, 768, R, 0.1
+            )
+            found[f"lora {name}{mixed}, R={R}, dropout of two masks"] = lambda d=dtype, a=adapter, R=R: lora_case(
+                d, a, 2048, 1024, 768, 2 * R, 0.1, 2
             )
         for D in (64, 128, 256):
             found[f"attention {name}, D={D}, causal"] = lambda d=dtype, D=D: attention_case(

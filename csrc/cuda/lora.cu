@@ -1,8 +1,8 @@
-// LoRA linear (csrc/lora.h). Three products make both passes; t is x or dy, its mask D where the contract has one:
+// LoRA linear (csrc/lora.h): the three products of both passes. D is the mask of the dropout:
 //
-//   down    s or ds   [M, R]      = (t . D) w^T     w = a, or b^T  [R, C]
-//   up      y0 or dx0 [M, C]      = (s w) . D
-//   outer   da or db  [R, C]      = s^T (t . D)     over parts of the rows, and the parts summed in a fixed order
+//   down    out [M, R] = factor (t . D) w^T           t is x or dy, out s or ds
+//   up      out [M, C] = bias + factor (t w) . D      t is s or ds, out y0 or dx0
+//   outer   out [R, C] = factor t^T (u . D)           over parts of the rows, and the parts summed in a fixed order
 //
 // A block works on tiles of three matrices, and multiplies two of them into the third:
 //
@@ -10,16 +10,18 @@
 //   narrow    kRows x kRank   of s or ds
 //   adapter   kRank x kCols   of w
 //
-// float32 adapters take fmaf, in an order that does not depend on the device; 16-bit ones the tensor cores, for which
-// s and ds are rounded to the adapter's type.
+// All products take the tensor cores. 16-bit adapters are multiplied as they are, with s and ds rounded to their type;
+// float32 ones as TF32 products of their high and low halves, in an error of float32's order.
 //
-// Bytes: each product reads or writes its [M, C] matrix once, for ranks up to kRank; s and w come from the cache.
+// Bytes: each product reads or writes its [M, C] matrix once, for ranks up to kRank; s and w come from the cache. Blocks
+// that read the same rows of x for other ranks, or for other masks, are neighbours, and find them in the cache.
 #include "../lora.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <cfloat>
 #include <type_traits>
 
 #include "launch.h"
@@ -95,11 +97,12 @@ __device__ Eight<To> convert(const Eight<From>& from) {
   return to;
 }
 
-// A matrix in shared memory. From row to row it is an odd multiple of 16 bytes, so that eight rows of ldmatrix, or
-// eight floats of a column, lie in different banks.
-template <class T, int kHeight, int kWidth>
+// A matrix in shared memory. From row to row it is an odd multiple of 16 bytes, so that eight rows of ldmatrix lie in
+// different banks; or for floats that a product takes by depth, whose four rows of eight are then in different banks, an
+// odd multiple of 32.
+template <class T, int kHeight, int kWidth, bool kByDepth = false>
 struct alignas(16) Tile {
-  T at[kHeight][kWidth + 16 / sizeof(T)];
+  T at[kHeight][kWidth + (kByDepth && sizeof(T) == 4 ? 32 : 16) / sizeof(T)];
 
   __device__ Eight<T>& eight(int r, int c) { return *(Eight<T>*)&at[r][c]; }
 };
@@ -143,8 +146,8 @@ __device__ void stage(const Matrix<const T>& m, int64_t row0, int64_t col0, Put 
 }
 
 // tile = m from [row0, col0] on, dropped elements zeroed where there is a mask.
-template <class T, int kHeight, int kWidth, class Source>
-__device__ void stage(Tile<T, kHeight, kWidth>& tile, const Matrix<const Source>& m, int64_t row0, int64_t col0,
+template <class T, int kHeight, int kWidth, bool kByDepth, class Source>
+__device__ void stage(Tile<T, kHeight, kWidth, kByDepth>& tile, const Matrix<const Source>& m, int64_t row0, int64_t col0,
                       const Mask* mask = nullptr) {
   stage<kHeight, kWidth>(m, row0, col0, [&](int r, int c, Eight<Source>& v) {
     if (mask) mask->apply(r, c, v);
@@ -152,15 +155,24 @@ __device__ void stage(Tile<T, kHeight, kWidth>& tile, const Matrix<const Source>
   });
 }
 
-// a [R, C], or b [C, R].
+// w [R, C] as a [R, C], or as b [C, R].
 template <class T>
 struct Adapter {
   Matrix<const T> m;
   bool transposed;
 
-  // tile [kRank, kCols] = the rows from rank0 and columns from col0 of a, or of b^T.
-  template <int kRank>
-  __device__ void stage(Tile<T, kRank, kCols>& tile, int64_t rank0, int64_t col0) const {
+  static Adapter make(const void* w, int64_t R, int64_t C, int64_t w_rank, int64_t w_col) {
+    const T* p = (const T*)w;
+    return w_col == 1 ? Adapter{{p, w_rank, R, C}, false} : Adapter{{p, w_col, C, R}, true};
+  }
+  // `count` ranks from `begin` on.
+  __host__ __device__ Adapter ranks(int64_t begin, int64_t count) const {
+    if (transposed) return {{m.p + begin, m.row, m.rows, count}, true};
+    return {{m.p + begin * m.row, m.row, count, m.cols}, false};
+  }
+  // tile [kRank, kCols] = w from [rank0, col0] on.
+  template <int kRank, bool kByDepth>
+  __device__ void stage(Tile<T, kRank, kCols, kByDepth>& tile, int64_t rank0, int64_t col0) const {
     if (!transposed) return cuda::stage(tile, m, rank0, col0);
     cuda::stage<kCols, kRank>(m, col0, rank0, [&](int c, int r, const Eight<T>& v) {
 #pragma unroll
@@ -169,45 +181,97 @@ struct Adapter {
   }
 };
 
-// Element [i, k] of an operand that is stored [i, k], or by depth [k, i].
-template <bool kByDepth, class Operand>
-__device__ auto& element(Operand& operand, int i, int k) {
-  return kByDepth ? operand.at[k][i] : operand.at[i][k];
+// put(i, j, element) for the elements of this thread, of a product of I rows.
+template <int I, class Sums, class Put>
+__device__ void each_element(const Sums& acc, Put put) {
+  const int i0 = threadIdx.x / 32 * (I / 4) + threadIdx.x % 32 / 4, j0 = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int e = 0; e < (int)std::extent_v<Sums, 0>; e++)
+#pragma unroll
+    for (int f = 0; f < (int)std::extent_v<Sums, 1>; f++)
+#pragma unroll
+      for (int n = 0; n < 4; n++) put(i0 + 16 * e + n / 2 * 8, j0 + 8 * f + n % 2, acc[e][f][n]);
 }
 
-// A product [I, J] on the FMA units. Thread (u, v) of 16 x 8 has the elements [u + 16 e, v + 8 f].
-template <int I, int J>
-struct FmaProduct {
-  float acc[I / 16][J / 8] = {};
+// A float as the sum of two TF32 numbers, and a product of such: high high' + finite low' + low finite', which leaves out
+// 2^-22 of it. `finite` is `high` but for infinities and NaNs: times a zero half they would make NaNs of infinities.
+struct Split {
+  uint32_t high, finite, low;
 
-  template <bool kLeftByDepth, bool kRightByDepth, class Left, class Right>
-  __device__ void add(const Left& left, const Right& right, int depth) {
-    const int u = threadIdx.x / 8, v = threadIdx.x % 8;
-#pragma unroll 4
-    for (int k = 0; k < depth; k++) {
-      float l[I / 16], r[J / 8];
-#pragma unroll
-      for (int e = 0; e < I / 16; e++) l[e] = element<kLeftByDepth>(left, u + 16 * e, k);
-#pragma unroll
-      for (int f = 0; f < J / 8; f++) r[f] = element<kRightByDepth>(right, v + 8 * f, k);
-#pragma unroll
-      for (int e = 0; e < I / 16; e++)
-#pragma unroll
-        for (int f = 0; f < J / 8; f++) acc[e][f] = fmaf(l[e], r[f], acc[e][f]);
-    }
-  }
-
-  template <class Put>  // put(i, j, element) for the elements of this thread
-  __device__ void each(Put put) const {
-    const int u = threadIdx.x / 8, v = threadIdx.x % 8;
-#pragma unroll
-    for (int e = 0; e < I / 16; e++)
-#pragma unroll
-      for (int f = 0; f < J / 8; f++) put(u + 16 * e, v + 8 * f, acc[e][f]);
+  __device__ static Split make(float x) {
+    const bool finite = fabsf(x) <= FLT_MAX;
+    const uint32_t high = to_tf32(x);
+    return {high, finite ? high : 0, finite ? to_tf32(x - __uint_as_float(high)) : 0};
   }
 };
 
-// The same on the tensor cores, for operands of 16-bit type T. A warp has I / 4 rows; fragments are as in mma.cuh.
+// Fragment of mma_m16n8k8_tf32: the 16 x 8 elements from [i, k] on of an operand that is stored [i, k], or by depth
+// [k, i]. Those of two 8 x 8 B side by side lie the same way, but for the order of the inner two.
+template <bool kByDepth, bool kRight, class Operand>
+__device__ void load_fragment(float (&f)[4], const Operand& operand, int i, int k) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (kByDepth) {
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+      const int low = n % 2, high = n / 2;
+      f[n] = operand.at[k + lane % 4 + 4 * (kRight ? low : high)][i + lane / 4 + 8 * (kRight ? high : low)];
+    }
+  } else {
+    uint32_t bits[4];
+    const int quarter = lane / 8, low = quarter % 2, high = quarter / 2;
+    ldmatrix_x4(bits, &operand.at[i + lane % 8 + 8 * (kRight ? high : low)][k + 4 * (kRight ? low : high)]);
+#pragma unroll
+    for (int n = 0; n < 4; n++) f[n] = __uint_as_float(bits[n]);
+  }
+}
+
+// A product [I, J] of float operands on the tensor cores; those of `left` are TF32 numbers where kExactLeft, as 16-bit
+// ones are. A warp has I / 4 rows; fragments are as in mma.cuh.
+template <int I, int J, bool kExactLeft>
+struct Tf32Product {
+  float acc[I / 64][J / 8][4] = {};
+
+  template <bool kLeftByDepth, bool kRightByDepth, class Left, class Right>
+  __device__ void add(const Left& left, const Right& right, int depth) {
+    const int i0 = threadIdx.x / 32 * (I / 4);
+#pragma unroll 1
+    for (int k = 0; k < depth; k += 8) {
+      uint32_t high[I / 64][4], finite[I / 64][4], low[I / 64][4];
+#pragma unroll
+      for (int e = 0; e < I / 64; e++) {
+        float f[4];
+        load_fragment<kLeftByDepth, false>(f, left, i0 + 16 * e, k);
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+          const Split split = Split::make(f[n]);
+          high[e][n] = split.high, finite[e][n] = split.finite, low[e][n] = split.low;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < J; j += 16) {
+        float f[4];
+        load_fragment<kRightByDepth, true>(f, right, j, k);
+#pragma unroll
+        for (int n = 0; n < 4; n += 2) {
+          const Split b0 = Split::make(f[n]), b1 = Split::make(f[n + 1]);
+#pragma unroll
+          for (int e = 0; e < I / 64; e++) {
+            auto& sum = acc[e][j / 8 + n / 2];
+            mma_m16n8k8_tf32(sum, finite[e], b0.low, b1.low);
+            if constexpr (!kExactLeft) mma_m16n8k8_tf32(sum, low[e], b0.finite, b1.finite);
+            mma_m16n8k8_tf32(sum, high[e], b0.high, b1.high);
+          }
+        }
+      }
+    }
+  }
+  template <class Put>
+  __device__ void each(Put put) const {
+    each_element<I>(acc, put);
+  }
+};
+
+// The same for operands of 16-bit type T.
 template <class T, int I, int J>
 struct MmaProduct {
   float acc[I / 64][J / 8][4] = {};
@@ -247,18 +311,14 @@ struct MmaProduct {
 
   template <class Put>
   __device__ void each(Put put) const {
-    const int i0 = threadIdx.x / 32 * (I / 4) + threadIdx.x % 32 / 4, j0 = threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int e = 0; e < I / 64; e++)
-#pragma unroll
-      for (int f = 0; f < J / 8; f++)
-#pragma unroll
-        for (int n = 0; n < 4; n++) put(i0 + 16 * e + n / 2 * 8, j0 + 8 * f + n % 2, acc[e][f][n]);
+    each_element<I>(acc, put);
   }
 };
 
-template <class T, int I, int J>
-using Product = std::conditional_t<std::is_same_v<T, float>, FmaProduct<I, J>, MmaProduct<T, I, J>>;
+// Of wide tiles of X, or of narrow ones where X is float, with W.
+template <class X, class W, int I, int J>
+using Product = std::conditional_t<std::is_same_v<W, float>, Tf32Product<I, J, !std::is_same_v<X, float>>,
+                                   MmaProduct<W, I, J>>;
 
 template <class W, int kRank>
 struct DownTiles {
@@ -267,14 +327,27 @@ struct DownTiles {
   Mask mask;
 };
 
+// The ranks of a stack of adapters: `masks` runs of `run`, each of which has a mask of its own.
+struct Ranks {
+  int64_t run, masks;
+
+  template <int kRank>
+  __host__ __device__ int64_t blocks() const {
+    return masks * ceil_div(run, kRank);
+  }
+};
+
 // out [M, R] = factor (t . D) w^T
 template <class X, class W, int kRank>
 __global__ void __launch_bounds__(kThreads)
-    down(Matrix<const X> t, Adapter<W> w, float* out, int64_t R, float factor, Dropout dropout) {
+    down(Matrix<const X> t, Adapter<W> w, Matrix<float> out, Ranks ranks, float factor, Dropout dropout) {
   auto& tiles = *(DownTiles<W, kRank>*)dynamic_shared;
-  const int64_t rank_blocks = ceil_div(R, kRank);
-  const int64_t row0 = blockIdx.x / rank_blocks * kRows, rank0 = blockIdx.x % rank_blocks * kRank;
-  Product<W, kRows, kRank> product;
+  const int64_t rank_block = blockIdx.x % ranks.blocks<kRank>(), run_blocks = ceil_div(ranks.run, kRank);
+  const int64_t row0 = blockIdx.x / ranks.blocks<kRank>() * kRows, rank0 = rank_block % run_blocks * kRank;
+  const int64_t mask = rank_block / run_blocks;
+  w = w.ranks(mask * ranks.run, ranks.run);
+  dropout.seed += mask;
+  Product<X, W, kRows, kRank> product;
   for (int64_t col0 = 0; col0 < t.cols; col0 += kCols) {
     if (dropout.threshold) tiles.mask.make(dropout, row0, col0);
     __syncthreads();  // the mask is whole, and the tiles have been read
@@ -283,8 +356,9 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     product.template add<false, false>(tiles.wide, tiles.adapter, (int)min((int64_t)kCols, t.cols - col0));
   }
+  out.p += mask * ranks.run;
   product.each([&](int i, int j, float sum) {
-    if (row0 + i < t.rows && rank0 + j < R) out[(row0 + i) * R + rank0 + j] = sum * factor;
+    if (row0 + i < t.rows && rank0 + j < ranks.run) out.p[(row0 + i) * out.row + rank0 + j] = sum * factor;
   });
 }
 
@@ -292,7 +366,7 @@ template <class W, int kRank>
 struct UpTiles {
   struct Operands {
     Tile<W, kRows, kRank> narrow;
-    Tile<W, kRank, kCols> adapter;
+    Tile<W, kRank, kCols, true> adapter;
   };
   union {
     Operands in;
@@ -301,94 +375,125 @@ struct UpTiles {
   Mask mask;
 };
 
-// out [M, C] = bias + factor (s w) . D; there is a bias or a mask, or neither.
+// A row to be added to each row of a matrix: of its type, or float32, or none.
+template <class X>
+struct Bias {
+  const X* p;
+  const float* p32;
+
+  static Bias make(const void* bias, int dtype) {
+    return dtype == kFloat32 ? Bias{nullptr, (const float*)bias} : Bias{(const X*)bias, nullptr};
+  }
+  __device__ explicit operator bool() const { return p || p32; }
+  // Elements [c .. c + 8), zeros from C on.
+  __device__ Eight<float> load(int64_t c, int64_t C) const {
+    const Matrix<const float> m32{p32, 0, 1, C};
+    if (p32) return m32.load(0, c, m32.aligned());
+    const Matrix<const X> m{p, 0, 1, C};
+    return convert<float>(m.load(0, c, m.aligned()));
+  }
+};
+
+// out [M, C] (+)= bias + factor (t w) . D
 template <class X, class W, int kRank>
-__global__ void __launch_bounds__(kThreads)
-    up(Matrix<const float> s, Adapter<W> w, const X* bias, Matrix<X> out, float factor, Dropout dropout) {
+__global__ void __launch_bounds__(kThreads) up(Matrix<const float> t, Adapter<W> w, Bias<X> bias, Matrix<X> out,
+                                               float factor, Dropout dropout, bool accumulate) {
   auto& tiles = *(UpTiles<W, kRank>*)dynamic_shared;
   const int64_t col_blocks = ceil_div(out.cols, kCols);
   const int64_t row0 = blockIdx.x / col_blocks * kRows, col0 = blockIdx.x % col_blocks * kCols;
   if (dropout.threshold) tiles.mask.make(dropout, row0, col0);
-  Product<W, kRows, kCols> product;
-  for (int64_t rank0 = 0; rank0 < s.cols; rank0 += kRank) {
+  Product<float, W, kRows, kCols> product;
+  for (int64_t rank0 = 0; rank0 < t.cols; rank0 += kRank) {
     __syncthreads();  // the tiles have been read
-    stage(tiles.in.narrow, s, row0, rank0);
+    stage(tiles.in.narrow, t, row0, rank0);
     w.stage(tiles.in.adapter, rank0, col0);
     __syncthreads();
-    product.template add<false, true>(tiles.in.narrow, tiles.in.adapter, (int)min((int64_t)kRank, s.cols - rank0));
+    product.template add<false, true>(tiles.in.narrow, tiles.in.adapter, (int)min((int64_t)kRank, t.cols - rank0));
   }
   __syncthreads();
   product.each([&](int i, int j, float sum) { tiles.wide.at[i][j] = sum * factor; });
   __syncthreads();
 
-  const Matrix<const X> biases{bias, 0, out.rows, out.cols};  // a matrix of equal rows
-  const bool aligned = out.aligned(), bias_aligned = biases.aligned();
+  const bool aligned = out.aligned();
+  auto add = [](Eight<float>& v, const Eight<float>& more) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) v.at[j] += more.at[j];
+  };
   for (int i = threadIdx.x; i < kRows * kCols / 8; i += kThreads) {
     const int r = i / (kCols / 8), c = i % (kCols / 8) * 8;
     Eight<float> v = tiles.wide.eight(r, c);
     if (dropout.threshold) tiles.mask.apply(r, c, v);
-    if (bias) {
-      const Eight<float> add = convert<float>(biases.load(row0 + r, col0 + c, bias_aligned));
-#pragma unroll
-      for (int j = 0; j < 8; j++) v.at[j] += add.at[j];
-    }
+    if (bias) add(v, bias.load(col0 + c, out.cols));
+    if (accumulate) add(v, convert<float>(out.load(row0 + r, col0 + c, aligned)));
     out.store(row0 + r, col0 + c, convert<X>(v), aligned);
   }
 }
 
 template <class W, int kRank>
 struct OuterTiles {
-  Tile<W, kRows, kCols> wide;
-  Tile<W, kRows, kRank> narrow;
+  Tile<W, kRows, kCols, true> wide;
+  Tile<W, kRows, kRank, true> narrow;
   Mask mask;
 };
 
-// out [part, r, c] = factor s^T (t . D) over the rows of each part; r and c are r_step and c_step elements apart.
+// A matrix of any strides.
+template <class T>
+struct Strided {
+  T* p;
+  int64_t row, col;
+};
+
+// out [part, R, C] = factor t^T (u . D) over the rows of each part, which are part_rows; parts are part_size apart.
 template <class X, class W, int kRank>
-__global__ void __launch_bounds__(kThreads) outer(Matrix<const float> s, Matrix<const X> t, float* out, int64_t r_step,
-                                                  int64_t c_step, int64_t part_rows, float factor, Dropout dropout) {
+__global__ void __launch_bounds__(kThreads)
+    outer(Matrix<const float> t, Matrix<const X> u, Strided<float> out, Ranks ranks, int64_t part_rows,
+          int64_t part_size, float factor, Dropout dropout) {
   auto& tiles = *(OuterTiles<W, kRank>*)dynamic_shared;
-  const int64_t R = s.cols, rank_blocks = ceil_div(R, kRank), col_blocks = ceil_div(t.cols, kCols);
-  const int64_t rank0 = blockIdx.x % rank_blocks * kRank, col0 = blockIdx.x / rank_blocks % col_blocks * kCols;
-  const int64_t part = blockIdx.x / rank_blocks / col_blocks;
-  s.rows = t.rows = min(t.rows, (part + 1) * part_rows);
-  Product<W, kCols, kRank> product;
-  for (int64_t row0 = part * part_rows; row0 < t.rows; row0 += kRows) {
+  const int64_t rank_block = blockIdx.x % ranks.blocks<kRank>(), run_blocks = ceil_div(ranks.run, kRank);
+  const int64_t rank0 = rank_block % run_blocks * kRank, mask = rank_block / run_blocks;
+  const int64_t col_blocks = ceil_div(u.cols, kCols), block = blockIdx.x / ranks.blocks<kRank>();
+  const int64_t col0 = block % col_blocks * kCols, part = block / col_blocks;
+  t.p += mask * ranks.run;
+  t.cols = ranks.run;
+  dropout.seed += mask;
+  t.rows = u.rows = min(u.rows, (part + 1) * part_rows);
+  Product<X, W, kCols, kRank> product;
+  for (int64_t row0 = part * part_rows; row0 < u.rows; row0 += kRows) {
     if (dropout.threshold) tiles.mask.make(dropout, row0, col0);
     __syncthreads();  // the mask is whole, and the tiles have been read
-    stage(tiles.wide, t, row0, col0, dropout.threshold ? &tiles.mask : nullptr);
-    stage(tiles.narrow, s, row0, rank0);
+    stage(tiles.wide, u, row0, col0, dropout.threshold ? &tiles.mask : nullptr);
+    stage(tiles.narrow, t, row0, rank0);
     __syncthreads();
-    product.template add<true, true>(tiles.wide, tiles.narrow, (int)min((int64_t)kRows, t.rows - row0));
+    product.template add<true, true>(tiles.wide, tiles.narrow, (int)min((int64_t)kRows, u.rows - row0));
   }
-  out += part * R * t.cols;
+  out.p += part * part_size + mask * ranks.run * out.row;
   product.each([&](int i, int j, float sum) {
-    if (col0 + i < t.cols && rank0 + j < R) out[(rank0 + j) * r_step + (col0 + i) * c_step] = sum * factor;
+    if (col0 + i < u.cols && rank0 + j < ranks.run) out.p[(rank0 + j) * out.row + (col0 + i) * out.col] = sum * factor;
   });
 }
 
-// out [size] = the sum of parts [count, size], in order.
-template <class W>
-__global__ void __launch_bounds__(kThreads) sum(const float* parts, W* out, int64_t count, int64_t size) {
+// out [size / width, width] = the sum of parts [count, size], in order.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    sum(const float* parts, Strided<T> out, int64_t count, int64_t size, int64_t width) {
   const int64_t i = (int64_t)blockIdx.x * kThreads + threadIdx.x;
   if (i >= size) return;
   float total = 0;
   for (int64_t part = 0; part < count; part++) total += parts[part * size + i];
-  convert(total, out[i]);
+  convert(total, out.p[i / width * out.row + i % width * out.col]);
 }
 
 // How `outer` cuts M rows up, depending on nothing but the sizes.
 struct Parts {
   int64_t rows, count;
 
-  static Parts of(int64_t M, int64_t C, int64_t R) {
-    const int64_t rank = R <= kSmallRank ? kSmallRank : kLargeRank;
-    const int64_t blocks = std::max<int64_t>(1, ceil_div(C, kCols) * ceil_div(R, rank));
+  static Parts of(int64_t M, int64_t C, const Ranks& ranks) {
+    const int64_t rank_blocks = ranks.run <= kSmallRank ? ranks.blocks<kSmallRank>() : ranks.blocks<kLargeRank>();
+    const int64_t blocks = std::max<int64_t>(1, ceil_div(C, kCols) * rank_blocks);
     const int64_t wanted = std::max<int64_t>(1, std::min(ceil_div(kOuterBlocks, blocks), ceil_div(M, kPartRows)));
     const int64_t rows = std::max<int64_t>(1, ceil_div(ceil_div(M, wanted), kRows)) * kRows;
     return {rows, std::max<int64_t>(1, ceil_div(M, rows))};
   }
-  int64_t floats(int64_t C, int64_t R) const { return count * C * R; }
 };
 
 template <class... Parameters, class... Arguments>
@@ -397,94 +502,97 @@ void start(const char* op, void (*kernel)(Parameters...), int64_t blocks, size_t
   if (blocks > 0) launch_shared(op, kernel, dim3((unsigned)blocks), kThreads, shared, stream, arguments...);
 }
 
-// The launches of one choice of types and kRank.
-template <class X, class W, int kRank>
-struct Launch {
-  const char* op;
-  void* stream;
-  int64_t M, R;
-
-  void start_down(const void* t, int64_t t_row, int64_t C, const Adapter<W>& w, float* out, float factor,
-                  const Dropout& dropout) const {
-    start(op, down<X, W, kRank>, ceil_div(M, kRows) * ceil_div(R, kRank), sizeof(DownTiles<W, kRank>), stream,
-          Matrix<const X>{(const X*)t, t_row, M, C}, w, out, R, factor, dropout);
-  }
-  void start_up(const float* s, const Adapter<W>& w, const void* bias, void* out, int64_t C, float factor,
-                const Dropout& dropout) const {
-    start(op, up<X, W, kRank>, ceil_div(M, kRows) * ceil_div(C, kCols), sizeof(UpTiles<W, kRank>), stream,
-          Matrix<const float>{s, R, M, R}, w, (const X*)bias, Matrix<X>{(X*)out, C, M, C}, factor, dropout);
-  }
-  // out is [C, R] where `transposed`, else [R, C].
-  void start_outer(const float* s, const void* t, int64_t t_row, int64_t C, void* out, bool transposed, float* parts,
-                   float factor, const Dropout& dropout) const {
-    const Parts cut = Parts::of(M, C, R);
-    start(op, outer<X, W, kRank>, ceil_div(C, kCols) * ceil_div(R, kRank) * cut.count, sizeof(OuterTiles<W, kRank>),
-          stream, Matrix<const float>{s, R, M, R}, Matrix<const X>{(const X*)t, t_row, M, C}, parts, transposed ? 1 : C,
-          transposed ? R : 1, cut.rows, factor, dropout);
-    start(op, sum<W>, ceil_div(C * R, kThreads), 0, stream, parts, (W*)out, cut.count, C * R);
-  }
-};
-
-template <class T>
-struct Type {
-  using type = T;
-};
-
-// use(Type<X>, Type<W>, rank) for the types and kRank of a call.
+// use(T()) for the type that a code stands for.
 template <class Use>
-void with_types(int dtype, int adapter_dtype, int64_t R, Use use) {
-  auto with_rank = [&](auto x, auto w) {
-    if (R <= kSmallRank)
-      use(x, w, std::integral_constant<int, kSmallRank>());
-    else
-      use(x, w, std::integral_constant<int, kLargeRank>());
-  };
-  auto with_adapter = [&](auto x) {
-    if (adapter_dtype == dtype)
-      with_rank(x, x);
-    else
-      with_rank(x, Type<float>());
-  };
+void with_type(int dtype, Use use) {
   switch (dtype) {
-    case kFloat32: with_rank(Type<float>(), Type<float>()); break;
-    case kBFloat16: with_adapter(Type<__nv_bfloat16>()); break;
-    default: with_adapter(Type<__half>());
+    case kFloat32: return use(float());
+    case kBFloat16: return use(__nv_bfloat16());
+    default: return use(__half());
   }
+}
+
+// use(X(), W(), kRank) for the types of a call, of which W is X or float, and its ranks.
+template <class Use>
+void with_types(int dtype, int w_dtype, const Ranks& ranks, Use use) {
+  with_type(dtype, [&](auto x) {
+    auto with_rank = [&](auto w) {
+      if (ranks.run <= kSmallRank)
+        use(x, w, std::integral_constant<int, kSmallRank>());
+      else
+        use(x, w, std::integral_constant<int, kLargeRank>());
+    };
+    if (w_dtype == dtype)
+      with_rank(x);
+    else
+      with_rank(float());
+  });
+}
+
+// Without dropout one run, and no seed is read.
+Ranks split_ranks(int64_t R, int64_t masks, const Dropout& dropout) {
+  return dropout.threshold ? Ranks{R / masks, masks} : Ranks{R, 1};
 }
 
 }  // namespace
 
-int64_t lora_workspace(int64_t M, int64_t N, int64_t K, int64_t R) {
-  return M * R + std::max(Parts::of(M, K, R).floats(K, R), Parts::of(M, N, R).floats(N, R));
-}
-
-void lora_forward(const void* x, const void* a, const void* b, const void* bias, void* y0, float* s, int64_t M,
-                  int64_t N, int64_t K, int64_t R, int64_t x_row, float scale, double dropout_p, const int64_t* seed,
-                  int dtype, int adapter_dtype, void* stream) {
+void lora_down(const void* t, const void* w, float* out, int64_t M, int64_t C, int64_t R, int64_t t_row, int64_t w_rank,
+               int64_t w_col, int64_t out_row, float factor, double dropout_p, const int64_t* seed, int64_t masks,
+               int dtype, int w_dtype, void* stream) {
   const Dropout dropout = Dropout::make(dropout_p, seed);
-  with_types(dtype, adapter_dtype, R, [&](auto x_type, auto w_type, auto rank) {
-    using X = typename decltype(x_type)::type;
-    using W = typename decltype(w_type)::type;
-    const Launch<X, W, rank> with{"lora_forward", stream, M, R};
-    with.start_down(x, x_row, K, {{(const W*)a, K, R, K}, false}, s, dropout.scale, dropout);
-    with.start_up(s, {{(const W*)b, R, N, R}, true}, bias, y0, N, scale, Dropout::none());
+  const Ranks ranks = split_ranks(R, masks, dropout);
+  with_types(dtype, w_dtype, ranks, [&](auto x, auto y, auto rank) {
+    using X = decltype(x);
+    using W = decltype(y);
+    start("lora_down", down<X, W, rank>, ceil_div(M, kRows) * ranks.blocks<rank>(), sizeof(DownTiles<W, rank>), stream,
+          Matrix<const X>{(const X*)t, t_row, M, C}, Adapter<W>::make(w, R, C, w_rank, w_col),
+          Matrix<float>{out, out_row, M, R}, ranks, factor * dropout.scale, dropout);
   });
 }
 
-void lora_backward(const void* dy, const void* x, const void* a, const void* b, const float* s, void* dx0, void* da,
-                   void* db, float* workspace, int64_t M, int64_t N, int64_t K, int64_t R, int64_t dy_row,
-                   int64_t x_row, float scale, double dropout_p, const int64_t* seed, int dtype, int adapter_dtype,
-                   void* stream) {
+void lora_up(const float* t, const void* w, const void* bias, void* out, int64_t M, int64_t C, int64_t R, int64_t t_row,
+             int64_t w_rank, int64_t w_col, int64_t out_row, float factor, double dropout_p, const int64_t* seed,
+             int64_t masks, bool accumulate, int dtype, int w_dtype, int bias_dtype, void* stream) {
+  Dropout dropout = Dropout::make(dropout_p, seed);
+  const Ranks ranks = split_ranks(R, masks, dropout);
+  with_types(dtype, w_dtype, ranks, [&](auto x, auto y, auto rank) {
+    using X = decltype(x);
+    using W = decltype(y);
+    const auto adapter = Adapter<W>::make(w, R, C, w_rank, w_col);
+    for (int64_t mask = 0; mask < ranks.masks; mask++, dropout.seed++)
+      start("lora_up", up<X, W, rank>, ceil_div(M, kRows) * ceil_div(C, kCols), sizeof(UpTiles<W, rank>), stream,
+            Matrix<const float>{t + mask * ranks.run, t_row, M, ranks.run}, adapter.ranks(mask * ranks.run, ranks.run),
+            Bias<X>::make(mask ? nullptr : bias, bias_dtype), Matrix<X>{(X*)out, out_row, M, C},
+            factor * dropout.scale, dropout, accumulate || mask);
+  });
+}
+
+int64_t lora_outer_workspace(int64_t M, int64_t C, int64_t R, double dropout_p, int64_t masks) {
+  return Parts::of(M, C, split_ranks(R, masks, Dropout::make(dropout_p, nullptr))).count * C * R;
+}
+
+void lora_outer(const float* t, const void* u, void* out, float* workspace, int64_t M, int64_t C, int64_t R,
+                int64_t t_row, int64_t u_row, int64_t out_rank, int64_t out_col, float factor, double dropout_p,
+                const int64_t* seed, int64_t masks, int dtype, int dot_dtype, int out_dtype, void* stream) {
   const Dropout dropout = Dropout::make(dropout_p, seed);
-  float *ds = workspace, *parts = workspace + M * R;
-  with_types(dtype, adapter_dtype, R, [&](auto x_type, auto w_type, auto rank) {
-    using X = typename decltype(x_type)::type;
-    using W = typename decltype(w_type)::type;
-    const Launch<X, W, rank> with{"lora_backward", stream, M, R};
-    if (dx0 || da) with.start_down(dy, dy_row, N, {{(const W*)b, R, N, R}, true}, ds, scale, Dropout::none());
-    if (dx0) with.start_up(ds, {{(const W*)a, K, R, K}, false}, nullptr, dx0, K, dropout.scale, dropout);
-    if (da) with.start_outer(ds, x, x_row, K, da, false, parts, dropout.scale, dropout);
-    if (db) with.start_outer(s, dy, dy_row, N, db, true, parts, scale, Dropout::none());
+  const Ranks ranks = split_ranks(R, masks, dropout);
+  const Parts parts = Parts::of(M, C, ranks);
+  const bool by_rank = out_rank >= out_col;  // parts are stored as out is
+  with_types(dtype, dot_dtype, ranks, [&](auto x, auto y, auto rank) {
+    using X = decltype(x);
+    using W = decltype(y);
+    start("lora_outer", outer<X, W, rank>, ceil_div(C, kCols) * ranks.blocks<rank>() * parts.count,
+          sizeof(OuterTiles<W, rank>), stream, Matrix<const float>{t, t_row, M, R},
+          Matrix<const X>{(const X*)u, u_row, M, C},
+          by_rank ? Strided<float>{workspace, C, 1} : Strided<float>{workspace, 1, R}, ranks, parts.rows, C * R,
+          factor * dropout.scale, dropout);
+  });
+  with_type(out_dtype, [&](auto z) {
+    using Out = decltype(z);
+    const Strided<Out> result = by_rank ? Strided<Out>{(Out*)out, out_rank, out_col}
+                                        : Strided<Out>{(Out*)out, out_col, out_rank};
+    start("lora_outer", sum<Out>, ceil_div(C * R, kThreads), 0, stream, workspace, result, parts.count, C * R,
+          by_rank ? C : R);
   });
 }
 

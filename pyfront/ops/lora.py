@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from fusetune import _native
 from fusetune._check import check, check_device, check_dtype, check_probability, check_shape
 from fusetune._register import register
 from fusetune.backend import choose, gemm_dtype
+from fusetune.ops import _lora_gpu
 from fusetune.ops.philox import draw_seed, keep_mask, kept_scale
 
 
@@ -295,20 +296,20 @@ def _forward(
     bias = [None if t is None else t.contiguous() for t in bias]
     device = x.device
     backend = choose("lora", device)
+    if backend != "cpu":
+        kernels = _lora_gpu.primitives(backend)
+        return _lora_gpu.forward(kernels, x, w, bias, a, b, counts, scales, dropout_ps, seeds, fast)
     M, K = x.shape
-    dtype = gemm_dtype(device.type, x.dtype) if backend == "cpu" else x.dtype
+    dtype = gemm_dtype(device.type, x.dtype)
     ys = [torch.empty((M, t.shape[0]), dtype=dtype, device=device) for t in w]
     s = torch.empty((M, sum([t.shape[0] for t in a])), dtype=torch.float32, device=device)
-    if backend == "cpu":
-        tables = _tables(a, b, None, None, counts, scales, dropout_ps, seeds, ys, bias)
-        adapters, factors, projections = [table.buffer_info()[0] for table in tables]
-        code = _native.code
-        _native.extension().lora_forward(
-            *(x.data_ptr(), s.data_ptr(), adapters, factors, len(a), projections, len(ys), M, K, x.stride(0)),
-            *(code(x.dtype), code(a[0].dtype) if a else 0, code(dtype), fast, _native.threads()),
-        )
-    else:
-        _gpu_forward(_primitives(backend), x, bias, a, b, counts, scales, dropout_ps, seeds, fast, ys, s)
+    tables = _tables(a, b, None, None, counts, scales, dropout_ps, seeds, ys, bias)
+    adapters, factors, projections = [table.buffer_info()[0] for table in tables]
+    code = _native.code
+    _native.extension().lora_forward(
+        *(x.data_ptr(), s.data_ptr(), adapters, factors, len(a), projections, len(ys), M, K, x.stride(0)),
+        *(code(x.dtype), code(a[0].dtype) if a else 0, code(dtype), fast, _native.threads()),
+    )
     h = _to(x, dtype)
     for y, t in zip(ys, w, strict=True):
         y.addmm_(h, _to(t, dtype).t())
@@ -341,138 +342,22 @@ def _backward(
     dx = make((M, K) if needs_dx else (0,), dtype=dtype, device=device)
     da = [torch.empty_like(t) if needed else t.new_empty(0) for t, needed in zip(a, needs_da, strict=True)]
     db = [torch.empty_like(t) if needed else t.new_empty(0) for t, needed in zip(b, needs_db, strict=True)]
-    if backend == "cpu":
-        tables = _tables(a, b, da, db, counts, scales, dropout_ps, seeds, dys, None)
-        adapters, factors, projections = [table.buffer_info()[0] for table in tables]
-        code = _native.code
-        _native.extension().lora_backward(
-            *(x.data_ptr(), s.data_ptr(), dx.data_ptr() if dx.numel() else 0),
-            *(adapters, factors, len(a), projections, len(dys), M, K, x.stride(0)),
-            *(code(x.dtype), code(a[0].dtype) if a else 0, code(dtype), fast, _native.threads()),
-        )
-    else:
-        _gpu_backward(_primitives(backend), dys, x, a, b, s, counts, scales, dropout_ps, seeds, fast, dx, da, db)
+    if backend != "cpu":
+        kernels = _lora_gpu.primitives(backend)
+        _lora_gpu.backward(kernels, x, dys, w, a, b, s, counts, scales, dropout_ps, seeds, fast, dx, da, db)
+        return dx, da, db
+    tables = _tables(a, b, da, db, counts, scales, dropout_ps, seeds, dys, None)
+    adapters, factors, projections = [table.buffer_info()[0] for table in tables]
+    code = _native.code
+    _native.extension().lora_backward(
+        *(x.data_ptr(), s.data_ptr(), dx.data_ptr() if dx.numel() else 0),
+        *(adapters, factors, len(a), projections, len(dys), M, K, x.stride(0)),
+        *(code(x.dtype), code(a[0].dtype) if a else 0, code(dtype), fast, _native.threads()),
+    )
     if needs_dx:
         for dy, t in zip(dys, w, strict=True):
             dx.addmm_(_to(dy, dtype), _to(t, dtype))
     return _to(dx, x.dtype), da, db
-
-
-def _primitives(backend: str) -> Any:
-    """The products that kernels/lora.py names, of a backend."""
-    if backend == "cuda":
-        from fusetune.ops import _lora_cuda
-
-        return _lora_cuda
-    from fusetune.kernels import lora as triton_lora
-
-    return triton_lora
-
-
-class _Stack(NamedTuple):
-    """Neighbouring adapters that share a mask, computed as one; those without dropout do, where they are neighbours."""
-
-    columns: slice  # of s
-    adapters: slice
-    a: Tensor  # theirs, one below the other
-    dropout_p: float
-    seed: Tensor | None
-
-
-def _stacks(a: list[Tensor], dropout_ps: list[float], seeds: Tensor | None) -> Iterator[_Stack]:
-    first = column = 0
-    for i in range(1, len(a) + 1):
-        if i < len(a) and dropout_ps[i] == dropout_ps[i - 1] == 0:
-            continue
-        stacked = a[first] if i == first + 1 else torch.cat(a[first:i])
-        seed = seeds[first : first + 1] if seeds is not None and dropout_ps[first] else None
-        columns = slice(column, column + stacked.shape[0])
-        yield _Stack(columns, slice(first, i), stacked, dropout_ps[first], seed)
-        first, column = i, columns.stop
-
-
-def _adapter_columns(a: list[Tensor], counts: list[int]) -> Iterator[tuple[int, int, slice]]:
-    """(projection, adapter, columns of s) of each adapter."""
-    adapter = column = 0
-    for projection, count in enumerate(counts):
-        for _ in range(count):
-            columns = slice(column, column + a[adapter].shape[0])
-            yield projection, adapter, columns
-            adapter, column = adapter + 1, columns.stop
-
-
-def _gpu_forward(
-    kernels: Any,
-    x: Tensor,
-    bias: list[Tensor | None],
-    a: list[Tensor],
-    b: list[Tensor],
-    counts: list[int],
-    scales: list[float],
-    dropout_ps: list[float],
-    seeds: Tensor | None,
-    fast: bool,
-    ys: list[Tensor],
-    s: Tensor,
-) -> None:
-    """Writes y0 and s."""
-    if fast:
-        a, b = [t.to(x.dtype) for t in a], [t.to(x.dtype) for t in b]
-    for stack in _stacks(a, dropout_ps, seeds):
-        kernels.down(x, stack.a, s[:, stack.columns], 1.0, stack.dropout_p, stack.seed)
-    written = set()
-    for projection, i, columns in _adapter_columns(a, counts):
-        first = projection not in written
-        kernels.up(
-            *(s[:, columns], b[i].t(), bias[projection] if first else None, ys[projection]),
-            *(scales[i], 0.0, None, not first),
-        )
-        written.add(projection)
-    for projection, y in enumerate(ys):
-        if projection not in written:
-            y.copy_(bias[projection]) if bias[projection] is not None else y.zero_()
-
-
-def _gpu_backward(
-    kernels: Any,
-    dys: list[Tensor],
-    x: Tensor,
-    a: list[Tensor],
-    b: list[Tensor],
-    s: Tensor,
-    counts: list[int],
-    scales: list[float],
-    dropout_ps: list[float],
-    seeds: Tensor | None,
-    fast: bool,
-    dx: Tensor,
-    da: list[Tensor],
-    db: list[Tensor],
-) -> None:
-    """Writes dx0 to dx, da and db, each unless it has no elements."""
-    if fast:
-        a, b = [t.to(x.dtype) for t in a], [t.to(x.dtype) for t in b]
-    dot_dtype = a[0].dtype if a else x.dtype
-    ds = torch.empty_like(s)
-    for projection, i, columns in _adapter_columns(a, counts):
-        kernels.down(dys[projection], b[i].t(), ds[:, columns], scales[i], 0.0, None)
-        if db[i].numel():
-            kernels.outer(s[:, columns], dys[projection], db[i].t(), scales[i], 0.0, None, dot_dtype)
-    for stack in _stacks(a, dropout_ps, seeds):
-        mask = stack.dropout_p, stack.seed
-        if dx.numel():
-            kernels.up(ds[:, stack.columns], stack.a, None, dx, 1.0, *mask, stack.adapters.start > 0)
-        wanted = [t for t in da[stack.adapters] if t.numel()]
-        if not wanted:
-            continue
-        out = wanted[0] if len(wanted) == 1 == len(da[stack.adapters]) else wanted[0].new_empty(stack.a.shape)
-        kernels.outer(ds[:, stack.columns], x, out, 1.0, *mask, dot_dtype)
-        if out is not wanted[0]:
-            for gradient, part in zip(
-                da[stack.adapters], out.split([t.shape[0] for t in a[stack.adapters]]), strict=True
-            ):
-                if gradient.numel():
-                    gradient.copy_(part)
 
 
 def _fake_forward(

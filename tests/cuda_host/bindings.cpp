@@ -30,9 +30,10 @@ PYBIND11_MODULE(fusetune_cuda_host, m) {
 
 #ifndef ON_GPU
   m.def("cuda_adamw_step", launcher(fusetune::cuda::adamw_step));
-  m.def("cuda_lora_forward", launcher(fusetune::cuda::lora_forward));
-  m.def("cuda_lora_backward", launcher(fusetune::cuda::lora_backward));
-  m.def("cuda_lora_workspace", fusetune::cuda::lora_workspace);
+  m.def("cuda_lora_down", launcher(fusetune::cuda::lora_down));
+  m.def("cuda_lora_up", launcher(fusetune::cuda::lora_up));
+  m.def("cuda_lora_outer", launcher(fusetune::cuda::lora_outer));
+  m.def("cuda_lora_outer_workspace", fusetune::cuda::lora_outer_workspace);
 
   m.def("planted", [](const std::string& name, uintptr_t out, int size) { planted(name, (float*)out, size); });
   m.def("allow",
