@@ -3,6 +3,7 @@
 
 #include "../../csrc/adamw.h"
 #include "../../csrc/lora.h"
+#include "../../csrc/quantize.h"
 #include "planted.h"
 #include "products.h"
 #include "runtime.h"
@@ -33,6 +34,7 @@ PYBIND11_MODULE(fusetune_cuda_host, m) {
   m.def("cuda_lora_forward", launcher(fusetune::cuda::lora_forward));
   m.def("cuda_lora_backward", launcher(fusetune::cuda::lora_backward));
   m.def("cuda_lora_workspace", fusetune::cuda::lora_workspace);
+  m.def("cuda_dequantize", launcher(fusetune::cuda::dequantize));
 
   m.def("planted", [](const std::string& name, uintptr_t out, int size) { planted(name, (float*)out, size); });
   m.def("allow",
