@@ -32,11 +32,11 @@ __device__ float scale_of(const void* absmax, const float* nested, int64_t block
   return scaled + nested[0];
 }
 
+// Element i % 2 of a byte of two, or the element that a byte is, times its block's scale.
 template <int kBits>
-__device__ float value(const float* table, const void* codes, int64_t i, float scale) {
-  if (kBits == 8) return ((const int8_t*)codes)[i] * scale * kReciprocal127;
-  const int both = ((const uint8_t*)codes)[i / 2];
-  return table[i % 2 ? both & 15 : both >> 4] * scale;
+__device__ float value(const float* table, uint8_t byte, int64_t i, float scale) {
+  if (kBits == 8) return (int8_t)byte * scale * kReciprocal127;
+  return table[i % 2 ? byte & 15 : byte >> 4] * scale;
 }
 
 // Row blockIdx.y, and every gridDim.y-th from there: out[n, k] is the element (n0 + n, k0 + k) of the weight.
@@ -46,8 +46,11 @@ __global__ void __launch_bounds__(kThreads)
                     int64_t rows, int64_t width, int64_t K, int64_t block) {
   __shared__ float table[16];  // in as many banks
   if (kBits == 4) {
-    const float values[16] = FUSETUNE_NF4;
-    if (threadIdx.x < 16) table[threadIdx.x] = values[threadIdx.x];
+    constexpr float values[16] = FUSETUNE_NF4;
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int i = 0; i < 16; i++) table[i] = values[i];
+    }
     __syncthreads();
   }
   const int64_t k = ((int64_t)blockIdx.x * kThreads + threadIdx.x) * kPack;
@@ -56,22 +59,21 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t n = blockIdx.y; n < rows; n += gridDim.y) {
     const int64_t i = (n0 + n) * K + k0 + k;
     T* to = out + n * width + k;
+    constexpr int kEach = 8 / kBits;  // elements of a byte
+    const uint8_t* const bytes = (const uint8_t*)codes;
     if (count == kPack && i % kPack == 0 && (uintptr_t)to % sizeof(uint4) == 0 &&
-        (uintptr_t)codes % sizeof(uint2) == 0) {
+        (uintptr_t)codes % sizeof(uint64_t) == 0) {
       const float scale = scale_of(absmax, nested, kBits == 4 ? i / block : n0 + n);
+      const uint64_t packed = kBits == 4 ? ((const uint32_t*)codes)[i / kPack] : ((const uint64_t*)codes)[i / kPack];
       Pack<T> pack;
-      alignas(8) uint8_t bytes[kBits];  // of kPack codes
-      if (kBits == 4)
-        *(uint32_t*)bytes = ((const uint32_t*)codes)[i / kPack];
-      else
-        *(uint2*)bytes = ((const uint2*)codes)[i / kPack];
 #pragma unroll
-      for (int j = 0; j < kPack; j++) store(pack.at + j, value<kBits>(table, bytes, j, scale));
+      for (int j = 0; j < kPack; j++)
+        store(pack.at + j, value<kBits>(table, (uint8_t)(packed >> j / kEach * 8), j, scale));
       *(Pack<T>*)to = pack;
     } else {
       for (int j = 0; j < count; j++) {
         const float scale = scale_of(absmax, nested, (i + j) / block);
-        store(to + j, value<kBits>(table, codes, i + j, scale));
+        store(to + j, value<kBits>(table, bytes[(i + j) / kEach], i + j, scale));
       }
     }
   }
@@ -86,23 +88,20 @@ void dequantize_as(const void* codes, const void* absmax, const float* nested, v
          rows, width, K, block);
 }
 
-template <class T>
-void dequantize_bits(int bits, const void* codes, const void* absmax, const float* nested, void* out, int64_t n0,
-                     int64_t k0, int64_t rows, int64_t width, int64_t K, int64_t block, void* stream) {
-  (bits == 4 ? dequantize_as<4, T> : dequantize_as<8, T>)(codes, absmax, nested, out, n0, k0, rows, width, K, block,
-                                                          stream);
-}
-
 }  // namespace
 
 void dequantize(const void* codes, const void* absmax, const float* nested, void* out, int64_t n0, int64_t n1,
                 int64_t k0, int64_t k1, int64_t K, int64_t block, int bits, int dtype, void* stream) {
   const int64_t rows = n1 - n0, width = k1 - k0;
   if (rows <= 0 || width <= 0) return;
-  const auto run = dtype == kFloat32    ? dequantize_bits<float>
-                   : dtype == kBFloat16 ? dequantize_bits<__nv_bfloat16>
-                                        : dequantize_bits<__half>;
-  run(bits, codes, absmax, nested, out, n0, k0, rows, width, K, block, stream);
+  const auto run = [&](auto four, auto eight) {
+    (bits == 4 ? four : eight)(codes, absmax, nested, out, n0, k0, rows, width, K, block, stream);
+  };
+  switch (dtype) {
+    case kFloat32: run(dequantize_as<4, float>, dequantize_as<8, float>); break;
+    case kBFloat16: run(dequantize_as<4, __nv_bfloat16>, dequantize_as<8, __nv_bfloat16>); break;
+    default: run(dequantize_as<4, __half>, dequantize_as<8, __half>);
+  }
 }
 
 }  // namespace fusetune::cuda
