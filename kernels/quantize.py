@@ -1,4 +1,5 @@
-"""Dequantising a block of a frozen weight in Triton: the contract is csrc/quantize.h, the caller pyfront/ops/quantize.py.
+"""Dequantising a block of a frozen weight in Triton. The contract is csrc/quantize.h, the caller
+pyfront/ops/quantize.py.
 
 A program makes BLOCK elements of one row. The table of NF4 is read from memory, where its 64 bytes stay in L1; so are
 the scales, of which a warp shares two or three. Products and sums are not contracted, so that results are those of the

@@ -1,4 +1,4 @@
-"""Linear layers with frozen weights in 4 or 8 bits: ours, whose checkpoints are bitsandbytes', and a view of its own."""
+"""Linear layers with frozen weights in 4 or 8 bits: ours, with bitsandbytes' checkpoints, and a view of its own."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ NESTED_PARTS = (1, 256)  # of `nested`, and the rest: csrc/quantize.h
 class QuantizedLinear(nn.Linear):
     """nn.Linear with a frozen weight in NF4 or int8.
 
-    `quantized` is the weight. Attribute `weight` reads as the weight dequantised, anew each time, in `weight_dtype`; what
-    is assigned to `weight.data` is quantised. So whoever reads and merges weights in that way (PEFT's merge, DoRA, PiSSA)
-    gets right values, rounded to the format. Changing such a tensor in place raises NotImplementedError.
+    `quantized` is the weight. Attribute `weight` reads as the weight dequantised, anew each time, in `weight_dtype`;
+    what is assigned to `weight.data` is quantised. So whoever reads and merges weights in that way (PEFT's merge, DoRA,
+    PiSSA) gets right values, rounded to the format. Changing such a tensor in place raises NotImplementedError.
 
     The state dict is that of bitsandbytes' Linear4bit or Linear8bitLt; a float weight is quantised when it is loaded.
     Moving the layer to another dtype moves the bias.
@@ -50,7 +50,7 @@ class QuantizedLinear(nn.Linear):
         for name in ("codes", "absmax", "nested"):
             self.register_buffer(name, None, persistent=False)
         self.set_weight(zero)
-        self.bias = nn.Parameter(zero.new_zeros(out_features), requires_grad=False) if bias else None  # type: ignore[assignment]
+        self.bias = nn.Parameter(zero.new_zeros(out_features), requires_grad=False) if bias else None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, quantize: str = "nf4", dtype: torch.dtype | None = None) -> QuantizedLinear:
@@ -104,7 +104,7 @@ class QuantizedLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         kept = self.quantized
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         codes: Any = self.codes
         if codes.is_meta or kept.codes.is_meta:
             return self
@@ -293,6 +293,7 @@ def quantized_weight(layer: nn.Module) -> QuantizedWeight | None:
     if isinstance(layer, QuantizedLinear):
         return layer.quantized
     weight: Any = layer._parameters.get("weight")
+    state: Any
     kind = type(weight).__name__
     if kind == "Params4bit":
         state = weight.quant_state
@@ -306,7 +307,8 @@ def quantized_weight(layer: nn.Module) -> QuantizedWeight | None:
         absmax = state.absmax if nested is not None else state.absmax.float()
         return QuantizedWeight(_packed_codes(weight.data), absmax, nested, tuple(state.shape), state.blocksize)
     if kind == "Int8Params":
-        scales = layer.state.SCB if weight.SCB is None else weight.SCB  # type: ignore[union-attr]
+        state = layer.state
+        scales: Any = state.SCB if weight.SCB is None else weight.SCB
         if weight.dtype != torch.int8 or scales is None:
             raise NotImplementedError("its weight is not quantised")
         return QuantizedWeight(weight.data, scales, None, tuple(weight.shape), weight.shape[1])
@@ -327,9 +329,9 @@ def _nested_of(state: Any) -> Tensor:
 def quantize_linears(
     model: nn.Module, quantize: str, skip: Collection[nn.Module] = (), dtype: torch.dtype | None = None
 ) -> None:
-    """Replaces each nn.Linear in `model` by a QuantizedLinear, in place: but for those in `skip` and inside of them, those
-    whose weight is another module's too, and subclasses of nn.Linear. Where `dtype` is given, weights are rounded to it
-    first.
+    """Replaces each nn.Linear in `model` by a QuantizedLinear, in place: but for those in `skip` and inside of them,
+    those whose weight is another module's too, and subclasses of nn.Linear. Where `dtype` is given, weights are rounded
+    to it first.
 
     Raises:
         ValueError: quantize is no format.

@@ -1,4 +1,4 @@
-"""Frozen weights in 4 and 8 bits, and the linear layer over them. The formats and their costs are in csrc/quantize.h."""
+"""Frozen weights in 4 and 8 bits, and the linear layer over them. Formats and costs are in csrc/quantize.h."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LEAST_ABSMAX = 1e-38
 
 
 class QuantizedWeight(NamedTuple):
-    """A frozen weight [N, K] in 4 or 8 bits, as csrc/quantize.h has it: three tensors, one of which may miss, and ints."""
+    """A frozen weight [N, K] in 4 or 8 bits, as csrc/quantize.h has it: two tensors, one that may miss, and ints."""
 
     codes: Tensor  # NF4: uint8 [ceil(N K / 2), 1], two elements each; int8: [N, K]
     absmax: Tensor  # scale of each block: float32 [ceil(N K / blocksize)], or uint8 where it is `nested`
@@ -49,7 +49,7 @@ class QuantizedWeight(NamedTuple):
 
 
 def quantize_nf4(w: Tensor, *, double_quant: bool = True, blocksize: int = 64) -> QuantizedWeight:
-    """A weight in NF4 (Dettmers et al., arXiv 2305.14314, section 3), with the codes that bitsandbytes gives on w's device.
+    """A weight in NF4 (Dettmers et al., arXiv 2305.14314, section 3), with the codes of bitsandbytes.
 
     Args:
         w: [N, K] float32, bfloat16 or float16.
@@ -243,8 +243,8 @@ def _nf4_reference(w: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor]:
-    """The codes of scales, and `nested`. bitsandbytes looks its codes up on the CPU in a table of 65536 steps from -1 to 1,
-    which the nearest value may be a step away from; on GPUs it takes the nearest."""
+    """The codes of scales, and `nested`. On the CPU bitsandbytes rounds to one of 65536 steps from -1 to 1 first, so
+    that its code is not always the nearest; on GPUs it is."""
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
     values = dynamic_map().to(absmax.device)
     blocks = torch.nn.functional.pad(absmax - offset, (0, -absmax.numel() % NESTED_BLOCKSIZE)).view(
@@ -265,19 +265,20 @@ def _scales(q: QuantizedWeight) -> Tensor:
     if q.nested is None:
         return q.absmax
     offset, values, largest = q.nested.split([1, 256, q.nested.numel() - 257])
-    return values[q.absmax.long()] * largest.repeat_interleave(NESTED_BLOCKSIZE)[: q.absmax.numel()] + offset
+    scales: Tensor = values[q.absmax.long()] * largest.repeat_interleave(NESTED_BLOCKSIZE)[: q.absmax.numel()] + offset
+    return scales
 
 
-# Where a block of the weight is dequantised to, of a size that caches hold. The CPU's is kept by each thread: pages fresh
-# from the system would cost more to touch than the block does to make. Others come from torch's allocator, which knows
-# streams and graphs.
+# Where a block of the weight is dequantised to, of a size that caches hold. The CPU's is kept by each thread: pages
+# fresh from the system would cost more to touch than the block does to make. Others come from torch's allocator, which
+# knows streams and graphs.
 SCRATCH_BYTES = {"cpu": 8 * 2**20}
 OTHER_SCRATCH_BYTES = 32 * 2**20
 _thread = threading.local()
 
 
 def _blocks(count: int, width: int, out: Tensor) -> list[tuple[int, int]]:
-    """Ranges of `count` rows or columns of `width` elements that fit in the scratch, whole blocks of NF4 where many do."""
+    """Ranges of `count` rows or columns of `width` elements that fit in the scratch; by 64 where as many do."""
     limit = SCRATCH_BYTES.get(out.device.type, OTHER_SCRATCH_BYTES) // out.element_size()
     step = max(1, limit // max(1, width))
     step -= step % 64 if step > 64 else 0

@@ -147,12 +147,13 @@ def check_quantize(config: TrainConfig) -> None:
 
 
 def quantize(model: nn.Module, quantize: str, dtype: torch.dtype | None = None) -> None:
-    """Quantises the linear layers of the model's body in place, after rounding to `dtype` where given. Its heads stay as
-    they are: they are trained, or their weights are those of the embeddings."""
+    """Quantises the linear layers of the model's body in place, after rounding to `dtype` where given. Its heads stay
+    as they are: they are trained, or their weights are those of the embeddings."""
     from fusetune.nn.quantize import quantize_linears
 
     body: Any = getattr(model, str(getattr(model, "base_model_prefix", "")), model)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    pretrained: Any = model
+    head = pretrained.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     quantize_linears(body, quantize, skip=() if head is None else (head,), dtype=dtype)
 
 

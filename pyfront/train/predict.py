@@ -112,8 +112,8 @@ def find_trained(folder: str | Path) -> Path:
 
 
 def quantized_as(adapter: Path) -> tuple[str, torch.dtype] | None:
-    """The format of the weights under an adapter in its training, and the dtype that they had before: by what lies in its
-    folder, or for a checkpoint by the settings of the run."""
+    """The format of the weights under an adapter in its training, and the dtype that they had before: by what lies in
+    its folder, or for a checkpoint by the settings of the run."""
     import torch
 
     from fusetune.train.model import find_dtype
@@ -131,14 +131,14 @@ def load_trained(folder: str | Path, kind: str | None = None, dequantized: bool 
 
     Args:
         kind: what its class's name ends with.
-        dequantized: weights that were quantised for the training have the values that they had there, in full precision.
+        dequantized: weights that were quantised for the training have their values in it, but in full precision.
     """
     import torch
     import transformers
     from transformers import AutoConfig, AutoTokenizer
 
-    from fusetune.train.data import reason
     from fusetune.nn.quantize import dequantize_linears
+    from fusetune.train.data import reason
     from fusetune.train.model import find_model, quantize, quiet
 
     path = find_trained(folder)
