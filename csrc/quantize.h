@@ -75,8 +75,9 @@ using Dequantize = void(const void* codes,    // uint8, two elements each, or in
                         const void* absmax,   // a block's scale: float32, or with `nested` uint8
                         const float* nested,  // or null
                         void* out,            // [n1 - n0, k1 - k0] out
-                        int64_t n0, int64_t n1, int64_t k0, int64_t k1, int64_t K, int64_t block,
-                        int bits,  // 4 or 8
+                        int64_t n0, int64_t n1, int64_t k0, int64_t k1, int64_t K,
+                        int64_t block,  // a power of 2, or K in 8 bits
+                        int bits,       // 4 or 8
                         int dtype, int threads);
 FUSETUNE_LAUNCHER(Dequantize, dequantize)
 

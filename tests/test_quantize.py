@@ -144,13 +144,13 @@ def test_error_of_a_value_is_half_a_step(quantize, dtype):
 def test_scratch_is_shared_and_bounded(monkeypatch):
     monkeypatch.setitem(quantize_ops.SCRATCH_BYTES, "cpu", 64 * 1024)
     monkeypatch.setattr(quantize_ops, "_thread", type(quantize_ops._thread)())
-    q, x = ops.quantize_nf4(weights(700, 96)), torch.randn(5, 96)
-    y, expected = torch.ones(5, 700), 1 + x @ ops.dequantize(q, FP32).T
+    q, x, dy = ops.quantize_nf4(torch.randn(700, 96) / 10), torch.randn(5, 96), torch.randn(5, 700)
+    w = ops.dequantize(q, FP32)
+    y, dx = torch.ones(5, 700), torch.ones(5, 96)
     quantize_ops.accumulate(y, x, q)
-    dx = torch.ones(5, 96)
-    quantize_ops.accumulate_t(dx, y, q)
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(dx, 1 + y @ ops.dequantize(q, FP32))
+    quantize_ops.accumulate_t(dx, dy, q)
+    assert_right("y", y, 1 + x @ w.T, 1 + x.double() @ w.T.double())
+    assert_right("dx", dx, 1 + dy @ w, 1 + dy.double() @ w.double())
     assert quantize_ops._thread.buffer.nbytes <= 64 * 1024
     buffer = quantize_ops._thread.buffer.data_ptr()
     quantize_ops.accumulate(y, x, q)

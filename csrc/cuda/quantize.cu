@@ -39,11 +39,12 @@ __device__ float value(const float* table, uint8_t byte, int64_t i, float scale)
   return table[i % 2 ? byte & 15 : byte >> 4] * scale;
 }
 
-// Row blockIdx.y, and every gridDim.y-th from there: out[n, k] is the element (n0 + n, k0 + k) of the weight.
+// Row blockIdx.y, and every gridDim.y-th from there: out[n, k] is the element (n0 + n, k0 + k) of the weight. Blocks have
+// 2^block_bits elements; in 8 bits they are rows.
 template <int kBits, class T>
 __global__ void __launch_bounds__(kThreads)
     dequantize_rows(const void* codes, const void* absmax, const float* nested, T* out, int64_t n0, int64_t k0,
-                    int64_t rows, int64_t width, int64_t K, int64_t block) {
+                    int64_t rows, int64_t width, int64_t K, int64_t block_bits) {
   __shared__ float table[16];  // in as many banks
   if (kBits == 4) {
     constexpr float values[16] = FUSETUNE_NF4;
@@ -58,12 +59,13 @@ __global__ void __launch_bounds__(kThreads)
   const int count = (int)min(width - k, (int64_t)kPack);
   for (int64_t n = blockIdx.y; n < rows; n += gridDim.y) {
     const int64_t i = (n0 + n) * K + k0 + k;
+    auto block_of = [&](int64_t element) { return kBits == 4 ? element >> block_bits : n0 + n; };
     T* to = out + n * width + k;
     constexpr int kEach = 8 / kBits;  // elements of a byte
     const uint8_t* const bytes = (const uint8_t*)codes;
     if (count == kPack && i % kPack == 0 && (uintptr_t)to % sizeof(uint4) == 0 &&
         (uintptr_t)codes % sizeof(uint64_t) == 0) {
-      const float scale = scale_of(absmax, nested, kBits == 4 ? i / block : n0 + n);
+      const float scale = scale_of(absmax, nested, block_of(i));
       const uint64_t packed = kBits == 4 ? ((const uint32_t*)codes)[i / kPack] : ((const uint64_t*)codes)[i / kPack];
       Pack<T> pack;
 #pragma unroll
@@ -72,7 +74,7 @@ __global__ void __launch_bounds__(kThreads)
       *(Pack<T>*)to = pack;
     } else {
       for (int j = 0; j < count; j++) {
-        const float scale = scale_of(absmax, nested, (i + j) / block);
+        const float scale = scale_of(absmax, nested, block_of(i + j));
         store(to + j, value<kBits>(table, bytes[(i + j) / kEach], i + j, scale));
       }
     }
@@ -82,10 +84,12 @@ __global__ void __launch_bounds__(kThreads)
 template <int kBits, class T>
 void dequantize_as(const void* codes, const void* absmax, const float* nested, void* out, int64_t n0, int64_t k0,
                    int64_t rows, int64_t width, int64_t K, int64_t block, void* stream) {
+  int64_t block_bits = 0;
+  while ((int64_t)1 << block_bits < block) block_bits++;
   const int64_t threads = (width + kPack - 1) / kPack;
   const dim3 blocks((unsigned)((threads + kThreads - 1) / kThreads), (unsigned)(rows < 65535 ? rows : 65535));
   launch("dequantize", dequantize_rows<kBits, T>, blocks, kThreads, stream, codes, absmax, nested, (T*)out, n0, k0,
-         rows, width, K, block);
+         rows, width, K, block_bits);
 }
 
 }  // namespace

@@ -50,7 +50,7 @@ class QuantizedLinear(nn.Linear):
         for name in ("codes", "absmax", "nested"):
             self.register_buffer(name, None, persistent=False)
         self.set_weight(zero)
-        self.bias = nn.Parameter(zero.new_zeros(out_features), requires_grad=False) if bias else None
+        self.register_parameter("bias", nn.Parameter(zero.new_zeros(out_features)) if bias else None)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, quantize: str = "nf4", dtype: torch.dtype | None = None) -> QuantizedLinear:
@@ -89,7 +89,7 @@ class QuantizedLinear(nn.Linear):
         self.quantized = quantizer(self.quantize)(w)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         return _Dequantized.of(self)
 
     @weight.setter
@@ -175,7 +175,7 @@ class _Dequantized(Tensor):
         return w
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         return self.as_subclass(Tensor)
 
     @data.setter
