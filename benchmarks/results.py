@@ -26,6 +26,7 @@ BASELINES = {
     "lora_linear": ("peft", "PEFT's layer"),
     "flash_attention": ("stock", "torch's scaled_dot_product_attention"),
     "adamw": ("fused", "torch.optim.AdamW(fused=True)"),
+    "dequantize": ("bitsandbytes", "bitsandbytes"),
 }
 
 Row = dict[str, Any]

@@ -6,6 +6,7 @@
 #include "cpu/dispatch.h"
 #include "flash_attention.h"
 #include "lora.h"
+#include "quantize.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -72,6 +73,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def("adamw_step", cpu_launcher(fusetune::cpu::adamw_step), "table"_a, "rows"_a, "hypers"_a, "grad_scale"_a,
         "found_inf"_a, "threads"_a);
+
+  m.def("quantize_nf4", cpu_launcher(fusetune::cpu::quantize_nf4), "w"_a, "codes"_a, "absmax"_a, "count"_a, "block"_a,
+        "dtype"_a, "threads"_a);
+  m.def("dequantize", cpu_launcher(fusetune::cpu::dequantize), "codes"_a, "absmax"_a, "nested"_a, "out"_a, "n0"_a,
+        "n1"_a, "k0"_a, "k1"_a, "K"_a, "block"_a, "bits"_a, "dtype"_a, "threads"_a);
 #ifdef FUSETUNE_WITH_CUDA
   m.def("cuda_lora_down", cuda_launcher(fusetune::cuda::lora_down), "t"_a, "w"_a, "out"_a, "M"_a, "C"_a, "R"_a,
         "t_row"_a, "w_rank"_a, "w_col"_a, "out_row"_a, "factor"_a, "dropout_p"_a, "seed"_a, "masks"_a, "dtype"_a,
@@ -86,5 +92,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "dtype"_a, "dot_dtype"_a, "out_dtype"_a, "stream"_a);
   m.def("cuda_adamw_step", cuda_launcher(fusetune::cuda::adamw_step), "table"_a, "rows"_a, "hypers"_a, "grad_scale"_a,
         "found_inf"_a, "stream"_a);
+  m.def("cuda_dequantize", cuda_launcher(fusetune::cuda::dequantize), "codes"_a, "absmax"_a, "nested"_a, "out"_a,
+        "n0"_a, "n1"_a, "k0"_a, "k1"_a, "K"_a, "block"_a, "bits"_a, "dtype"_a, "stream"_a);
 #endif
 }

@@ -18,6 +18,7 @@ BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "lora": {"cpu": ("cpu", "triton"), "cuda": ("triton", "cuda")},
     "flash_attention": {"cpu": ("cpu", "triton"), "cuda": ("triton",)},
     "adamw": {"cpu": ("cpu", "triton"), "cuda": ("cuda", "triton")},
+    "quantize": {"cpu": ("cpu", "triton"), "cuda": ("triton", "cuda")},
 }
 
 

@@ -170,7 +170,7 @@ def test_the_table_names_every_kernel():
 
 @pytest.mark.parametrize("path", HEADERS, ids=lambda path: path.name)
 def test_launchers_take_sizes_and_strides_in_64_bits(path):
-    """Their 32-bit integers are dtype codes, flags and thread counts."""
+    """Their 32-bit integers are dtype codes, bits of a code and thread counts."""
     text = re.sub(r"//.*", "", path.read_text())
     launchers = re.findall(r"\b(?:void|int64_t)\b[\s\w]*\(([^()]*)\)", text)
     names = [
@@ -178,4 +178,4 @@ def test_launchers_take_sizes_and_strides_in_64_bits(path):
         for parameters in launchers
         for name in re.findall(r"\b(?:int|unsigned|int32_t|uint32_t|short) (\w+)", parameters)
     ]
-    assert not [name for name in names if not re.fullmatch(r"(\w+_)?dtype|threads", name)]
+    assert not [name for name in names if not re.fullmatch(r"(\w+_)?dtype|bits|threads", name)]

@@ -10,6 +10,7 @@ from cuda_host import harness
 from oracle import unaligned
 from steps import DTYPES, OPTIONS, assert_equal, make, train
 
+from fusetune.ops import dequantize, quantize_int8, quantize_nf4_reference
 from fusetune.optim.adamw import AdamW
 
 if reason := harness.why_not():
@@ -308,11 +309,20 @@ def lora_results(x_dtype, dtype, device="cpu"):
     return [*ys, s, dx, *da, *db]
 
 
+def dequantized(dtype, quantize, device="cpu"):
+    torch.manual_seed(0)
+    q = quantize(torch.randn(70, 530))
+    q = q._replace(**{name: t.to(device) for name, t in q._asdict().items() if isinstance(t, torch.Tensor)})
+    return [dequantize(q, dtype)]
+
+
 CALLS = {
     "AdamW, float32": lambda device: adamw_states(torch.float32, device, amsgrad=True),
     "AdamW, bfloat16": lambda device: adamw_states(torch.bfloat16, device, maximize=True),
     "LoRA, float32": lambda device: lora_results(torch.float32, torch.float32, device),
     "LoRA, bfloat16 with a float32 adapter": lambda device: lora_results(torch.bfloat16, torch.float32, device),
+    "NF4, bfloat16": lambda device: dequantized(torch.bfloat16, quantize_nf4_reference, device),
+    "int8, float16": lambda device: dequantized(torch.float16, quantize_int8, device),
     "LoRA, float16": lambda device: lora_results(torch.float16, torch.float16, device),
 }
 

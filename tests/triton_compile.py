@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from fusetune._native import DTYPES
-from fusetune.kernels import adamw, device, flash_attention, lora
+from fusetune.kernels import adamw, device, flash_attention, lora, quantize
 
 # Of the AMD code object: registers with the accumulation registers, and bytes of scratch memory a thread.
 HIP_METADATA = ("vgpr_count", "private_segment_fixed_size")
@@ -72,6 +72,16 @@ def adamw_case(dtype: torch.dtype, amsgrad: bool, aligned: bool) -> None:
     adamw.step(torch.tensor([row]), torch.zeros(1, 6, dtype=torch.float64), torch.device("cpu"), one, one)
 
 
+def quantize_case(dtype: torch.dtype, bits: int) -> None:
+    codes = torch.empty(1 << 20, dtype=torch.uint8 if bits == 4 else torch.int8)
+    absmax = torch.empty(1 << 15, dtype=torch.uint8 if bits == 4 else torch.float32)
+    nested = torch.empty(385) if bits == 4 else None
+    block = 64 if bits == 4 else 1024
+    quantize.dequantize(
+        codes, absmax, nested, torch.empty(16), torch.empty(512, 512, dtype=dtype), 0, 512, 1024, block, bits
+    )
+
+
 def cases() -> dict[str, Callable[[], None]]:
     """Calls of launch functions, by name."""
     found: dict[str, Callable[[], None]] = {}
@@ -92,6 +102,8 @@ def cases() -> dict[str, Callable[[], None]]:
             found[f"attention {name}, D={D}, causal, padding, dropout"] = lambda d=dtype, D=D: attention_case(
                 d, 2, 8, 2, 1024, D, True, True, 0.1
             )
+        for bits, quantized in ((4, "nf4"), (8, "int8")):
+            found[f"quantize {quantized}, {name}"] = lambda d=dtype, bits=bits: quantize_case(d, bits)
         found[f"adamw {name}"] = lambda d=dtype: adamw_case(d, False, True)
         found[f"adamw {name}, amsgrad, unaligned"] = lambda d=dtype: adamw_case(d, True, False)
     # Sizes of one become constants of the kernel.
@@ -128,7 +140,7 @@ def specialize(value: Any) -> tuple[Any, Any]:
         return types, divisible
     if isinstance(value, torch.Tensor):
         kind, bits = re.fullmatch(r"torch\.([a-z]+)(\d*)", str(value.dtype)).groups()
-        return "*" + {"float": "fp", "bfloat": "bf", "int": "i", "bool": "i1"}[kind] + bits, value.data_ptr() % 16 == 0
+        return "*" + {"float": "fp", "bfloat": "bf", "int": "i", "uint": "u", "bool": "i1"}[kind] + bits, value.data_ptr() % 16 == 0
     if isinstance(value, float):
         return "fp32", False
     if value is None or value == 1:

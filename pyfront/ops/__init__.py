@@ -10,16 +10,30 @@ from fusetune.ops.lora import (
     lora_linear_group_reference,
     lora_linear_reference,
 )
+from fusetune.ops.quantize import (
+    dequantize,
+    dequantize_reference,
+    quantize_int8,
+    quantize_nf4,
+    quantize_nf4_reference,
+    quantized_linear,
+)
 
 __all__ = [
     "Adapter",
     "Projection",
     "adamw_step",
     "adamw_step_reference",
+    "dequantize",
+    "dequantize_reference",
     "flash_attention",
     "flash_attention_reference",
     "lora_linear",
     "lora_linear_group",
     "lora_linear_group_reference",
     "lora_linear_reference",
+    "quantize_int8",
+    "quantize_nf4",
+    "quantize_nf4_reference",
+    "quantized_linear",
 ]

@@ -49,6 +49,7 @@ def at_least_zero(default: float, help: str) -> Any:
 
 TASKS = ("sequence-classification", "causal-lm")
 METHODS = ("lora", "full", "head")
+QUANTIZE = ("nf4", "int8")
 
 
 @dataclass
@@ -106,6 +107,9 @@ class TrainConfig:
         0.05, "dropout on the adapters' input", check=lambda value: 0 <= value < 1, must="be in [0, 1)"
     )
     lora_targets: str = option("all-linear", "modules to adapt, separated by commas, or all-linear")
+    quantize: str | None = option(
+        None, "with lora: hold the frozen weights in 4 bits (QLoRA) or 8 (default: not quantized)", QUANTIZE
+    )
     dtype: str = option("auto", "precision of the training", ("auto", "float32", "bfloat16", "float16"))
     device: str = option("auto", "where to train", ("auto", "cpu", "cuda"))
     seed: int = at_least_zero(42, "seed of everything that is random")

@@ -91,6 +91,7 @@ def load(config: TrainConfig, texts: Texts) -> tuple[PreTrainedModel, PreTrained
     try:
         hf_config = AutoConfig.from_pretrained(name, **labels)
         tokenizer = AutoTokenizer.from_pretrained(name)
+        check_quantized_model(name, hf_config, config)
         loaded: Any = kind.from_pretrained(
             name,
             config=hf_config,
@@ -98,6 +99,8 @@ def load(config: TrainConfig, texts: Texts) -> tuple[PreTrainedModel, PreTrained
             output_loading_info=True,
             **({"ignore_mismatched_sizes": True} if classify else {}),
         )
+    except UserError:
+        raise
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ... by what is broken
         raise cannot_load(name, error) from error
     model, info = loaded
@@ -116,6 +119,42 @@ def load(config: TrainConfig, texts: Texts) -> tuple[PreTrainedModel, PreTrained
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer, notes
+
+
+def check_quantized_model(name: str, model: PretrainedConfig, config: TrainConfig) -> None:
+    """Raises UserError where a model that was saved quantised cannot be loaded, or is to be quantised again."""
+    found = getattr(model, "quantization_config", None)
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    method = str(getattr(method, "value", method))
+    if config.quantize:
+        raise UserError(f"config: quantize must be none for {name}, which is quantized by {method} already")
+    if "bitsandbytes" in method and not importlib.util.find_spec("bitsandbytes"):
+        raise UserError(
+            f"model: {name} is quantized by bitsandbytes, which must be installed; `pip install bitsandbytes`, or pass"
+            " the model that it was made of with --quantize"
+        )
+
+
+def check_quantize(config: TrainConfig) -> None:
+    """Raises UserError where weights that are trained would be quantised."""
+    if config.quantize and config.method not in (None, "lora"):
+        raise UserError(
+            f"config: method must be lora with quantize {config.quantize}, as only frozen weights can be quantized,"
+            f" got {config.method}"
+        )
+
+
+def quantize(model: nn.Module, quantize: str, dtype: torch.dtype | None = None) -> None:
+    """Quantises the linear layers of the model's body in place, after rounding to `dtype` where given. Its heads stay
+    as they are: they are trained, or their weights are those of the embeddings."""
+    from fusetune.nn.quantize import quantize_linears
+
+    body: Any = getattr(model, str(getattr(model, "base_model_prefix", "")), model)
+    pretrained: Any = model
+    head = pretrained.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    quantize_linears(body, quantize, skip=() if head is None else (head,), dtype=dtype)
 
 
 def find_model(name: str) -> str:
@@ -194,11 +233,18 @@ def count_positions(model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase)
 
 def apply_peft(model: nn.Module, train_config: TrainConfig) -> nn.Module:
     """Makes what `train_config.method` says trainable: a PeftModel for `lora`; the model itself, its body frozen, for
-    `head`, or unchanged for `full`. Prints the share of trainable parameters.
+    `head`, or unchanged for `full`. With `train_config.quantize` its frozen linear layers are quantised first. Prints
+    the share of trainable parameters.
 
     Raises:
-        UserError: nothing to adapt or to train, such as LoRA targets that the model lacks.
+        UserError: nothing to adapt or to train, such as LoRA targets that the model lacks; or quantize with another
+            method than LoRA.
     """
+    from fusetune.nn.quantize import quantized_size
+
+    check_quantize(train_config)
+    if train_config.quantize:
+        quantize(model, train_config.quantize)
     if train_config.method in (None, "lora"):
         from peft import LoraConfig, TaskType, get_peft_model
 
@@ -227,7 +273,13 @@ def apply_peft(model: nn.Module, train_config: TrainConfig) -> nn.Module:
         )
     for p in trained:
         p.data = p.data.float()
-    count, total = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
+    size = quantized_size(model)
+    if size.layers:
+        print(
+            f"quantized {size.layers} linear layers to {train_config.quantize}:"
+            f" {size.bytes_now / 2**20:,.1f} MiB instead of {size.bytes_before / 2**20:,.1f}"
+        )
+    count, total = sum(p.numel() for p in trained), size.weights + sum(p.numel() for p in model.parameters())
     print(f"trainable {count:,} of {total:,} parameters ({100 * count / total:.2f} %)")
     return model
 
@@ -238,7 +290,9 @@ def flops_per_token(model: nn.Module, method: str) -> int:
     gradients of the inputs, 2 T for those of the weights. That is 6 N for full fine-tuning and about 4 N for LoRA. Head
     training has no gradients of inputs: 2 F + 6 T. Attention's own products and the embeddings are left out.
     """
-    frozen = trained = 0
+    from fusetune.nn.quantize import quantized_size
+
+    frozen, trained = quantized_size(model).weights, 0
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             continue

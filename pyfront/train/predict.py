@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fusetune.train.config import UserError, require
+from fusetune.train.config import TrainConfig, UserError, require
 from fusetune.train.files import replacing_folder
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Prediction(NamedTuple):
@@ -71,7 +74,8 @@ def generate(folder: str | Path, prompts: Sequence[str], max_new_tokens: int = 5
 
 
 def merge(folder: str | Path, output: str | Path) -> None:
-    """Writes the adapter in `folder`, merged into its model, to `output`: a model like any other.
+    """Writes the adapter in `folder`, merged into its model, to `output`: a model like any other. Weights that were
+    quantised for the training are dequantised, and the adapter added to those.
 
     Raises:
         UserError: there is no adapter that can be loaded, or `output` exists or cannot be written.
@@ -84,7 +88,7 @@ def merge(folder: str | Path, output: str | Path) -> None:
         raise UserError(f"merge: {folder} must hold an adapter, got a full model")
     if target.exists():
         raise UserError(f"merge: {output} must not exist yet")
-    model, tokenizer = load_trained(folder)
+    model, tokenizer = load_trained(folder, dequantized=True)
     try:
         with quiet(), replacing_folder(target) as partial:
             model.merge_and_unload().save_pretrained(partial)
@@ -107,14 +111,35 @@ def find_trained(folder: str | Path) -> Path:
     raise UserError(f"model: {folder} must hold a model or an adapter, got a folder without; did the training finish?")
 
 
-def load_trained(folder: str | Path, kind: str | None = None) -> tuple[Any, Any]:
-    """The model for inference, an adapter on top of its base model, and its tokenizer; `kind` ends its class's name."""
+def quantized_as(adapter: Path) -> tuple[str, torch.dtype] | None:
+    """The format of the weights under an adapter in its training, and the dtype that they had before: by what lies in
+    its folder, or for a checkpoint by the settings of the run."""
+    import torch
+
+    from fusetune.train.model import find_dtype
+
+    for path in (adapter / "fusetune.json", adapter.parent / "config.json"):
+        settings = json.loads(path.read_text()) if path.is_file() else {}
+        if settings.get("quantize"):
+            dtype = settings.get("dtype", "auto")
+            return settings["quantize"], find_dtype(TrainConfig()) if dtype == "auto" else getattr(torch, dtype)
+    return None
+
+
+def load_trained(folder: str | Path, kind: str | None = None, dequantized: bool = False) -> tuple[Any, Any]:
+    """The model for inference, an adapter on top of its base model, and its tokenizer.
+
+    Args:
+        kind: what its class's name ends with.
+        dequantized: weights that were quantised for the training have their values in it, but in full precision.
+    """
     import torch
     import transformers
     from transformers import AutoConfig, AutoTokenizer
 
+    from fusetune.nn.quantize import dequantize_linears
     from fusetune.train.data import reason
-    from fusetune.train.model import find_model, quiet
+    from fusetune.train.model import find_model, quantize, quiet
 
     path = find_trained(folder)
     adapter = (path / "adapter_config.json").is_file()
@@ -140,6 +165,10 @@ def load_trained(folder: str | Path, kind: str | None = None) -> tuple[Any, Any]
         with quiet():  # it would report that the base model lacks the adapter's head
             model = auto.from_pretrained(base, config=config, **({"ignore_mismatched_sizes": True} if adapter else {}))
             if adapter:
+                if how := quantized_as(path):
+                    quantize(model, *how)
+                    if dequantized:
+                        dequantize_linears(model)
                 model = PeftModel.from_pretrained(model, str(path))
             tokenizer = AutoTokenizer.from_pretrained(path)
     except UserError:

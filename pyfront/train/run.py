@@ -52,6 +52,7 @@ def main(train_config: TrainConfig | None = None, **settings: Any) -> dict[str, 
         `train_step_loss`, `train_step_metric`, `last_epoch_eval_loss`, `last_epoch_eval_metric`, `eval_step_loss`,
         `eval_step_metric` (batches of the last evaluation), `best_eval_loss`; `before` and `after` (all metrics of the
         first and the last evaluation), `bag_of_words` (of the default job) and `compare` (of `compare_steps`), or None;
+        `quantized` (with `quantize`: layers, weights, bytes_before and bytes_now), or None;
         `avg_epoch_time`, `avg_checkpoint_time`, `train_seconds`, `tokens_per_second`, `peak_memory_bytes`, `mfu`,
         `global_step`, `model_dir` and `metrics_filename`. Times are in seconds.
 
@@ -75,6 +76,7 @@ def main(train_config: TrainConfig | None = None, **settings: Any) -> dict[str, 
 def _run(config: TrainConfig) -> dict[str, Any]:
     import transformers
 
+    from fusetune.nn.quantize import quantized_size
     from fusetune.train import model as models
     from fusetune.train.recorder import RecordingTrainer, describe
 
@@ -143,7 +145,10 @@ def _run(config: TrainConfig) -> dict[str, Any]:
         unpatch(prepared)
     if use_cache is not None:
         model.config.use_cache = use_cache
-    result["model_dir"] = _save_model(prepared, tokenizer, texts.names, output)
+    quantized = {"quantize": config.quantize, "dtype": str(dtype).removeprefix("torch.")} if config.quantize else {}
+    result["model_dir"] = _save_model(prepared, tokenizer, texts.names, output, quantized)
+    size = quantized_size(prepared)
+    result["quantized"] = size._asdict() if size.layers else None
     result.update(_speed(config, prepared, progress, device, dtype))
     if config.compare:
         from fusetune.train.compare import compare_steps
@@ -196,11 +201,14 @@ def _find_checkpoint(config: TrainConfig, output: Path) -> str | None:
 
 def _set_defaults(config: TrainConfig) -> None:
     """Decides the settings that are None, by what is trained on what."""
+    from fusetune.train.model import check_quantize
+
     new_model = config.model_name is None and config.task == "causal-lm"
     demo = config.model_name is None and config.dataset is None
     config.method = config.method or ("full" if new_model else "lora")
     if new_model and config.method != "full":
         raise UserError(f"config: method must be full for a new model, got {config.method}; or pass --model")
+    check_quantize(config)
     rates = {"lora": 1e-3 if demo else 5e-4, "full": 1e-3 if new_model else 5e-5, "head": 1e-3}
     config.lr = config.lr or rates[config.method]
     config.num_epochs = config.num_epochs or (1 if demo and not new_model else 3)
@@ -405,6 +413,9 @@ def _print_summary(result: dict[str, Any]) -> None:
         f" {result['tokens_per_second']:,.0f} tokens/s, MFU {100 * result['mfu']:.0f} %,"
         f" peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB"
     )
+    if quantized := result["quantized"]:
+        saved = quantized["bytes_before"] - quantized["bytes_now"]
+        print(f"          {quantized['layers']} quantized layers take {saved / 2**20:,.1f} MiB less")
     if compare := result["compare"]:
         stock, ours = (1e3 * compare[f"{name}_seconds"] for name in ("stock", "fusetune"))
         print(
@@ -415,9 +426,12 @@ def _print_summary(result: dict[str, Any]) -> None:
         )
 
 
-def _save_model(model: Any, tokenizer: PreTrainedTokenizerBase, names: list[str], output: Path) -> str:
+def _save_model(
+    model: Any, tokenizer: PreTrainedTokenizerBase, names: list[str], output: Path, quantized: dict[str, str]
+) -> str:
     """Writes the `model` folder. A classifier's adapter comes with `labels.json`, the names of its classes:
-    transformers would take a folder with a config.json for a whole model.
+    transformers would take a folder with a config.json for a whole model. One that was trained over quantised weights
+    comes with `fusetune.json`, which says how they were `quantized`.
     """
     try:
         with replacing_folder(output / "model") as folder:
@@ -425,6 +439,8 @@ def _save_model(model: Any, tokenizer: PreTrainedTokenizerBase, names: list[str]
             tokenizer.save_pretrained(folder)
             if names and not (folder / "config.json").exists():
                 (folder / "labels.json").write_text(json.dumps(names, indent=2) + "\n")
+            if quantized:
+                (folder / "fusetune.json").write_text(json.dumps(quantized, indent=2) + "\n")
     except Exception as error:  # torch and safetensors have their own types for a full disk
         raise UserError(
             f"output_dir: the model must be written to {output}, got {type(error).__name__}: {error}"

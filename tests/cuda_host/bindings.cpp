@@ -3,6 +3,7 @@
 
 #include "../../csrc/adamw.h"
 #include "../../csrc/lora.h"
+#include "../../csrc/quantize.h"
 #include "planted.h"
 #include "products.h"
 #include "runtime.h"
@@ -34,6 +35,7 @@ PYBIND11_MODULE(fusetune_cuda_host, m) {
   m.def("cuda_lora_up", launcher(fusetune::cuda::lora_up));
   m.def("cuda_lora_outer", launcher(fusetune::cuda::lora_outer));
   m.def("cuda_lora_outer_workspace", fusetune::cuda::lora_outer_workspace);
+  m.def("cuda_dequantize", launcher(fusetune::cuda::dequantize));
 
   m.def("planted", [](const std::string& name, uintptr_t out, int size) { planted(name, (float*)out, size); });
   m.def("allow",
