@@ -87,7 +87,7 @@ def _time(way: Callable[[], None]) -> float:
         way()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return float(start.elapsed_time(end))
 
 
 @functools.cache

@@ -16,8 +16,11 @@ from fusetune.ops import (
     lora_linear_group,
     lora_linear_group_reference,
     lora_linear_reference,
+    quantize_int8,
+    quantize_nf4,
 )
 from fusetune.ops.philox import draw_seed, keep_mask, kept_scale
+from fusetune.ops.quantize import dequantize_reference
 
 OP = "lora"
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -298,12 +301,12 @@ def test_opcheck(device, dtypes, dropout_p):
     x, w, a, b, bias = (t.detach() for t in make((9, 19, 23, 4), *dtypes, device).values())
     seed = draw_seed(device) if dropout_p else None
     ops = torch.ops.fusetune
-    options = [1], [0.5], [dropout_p], seed, False
-    torch.library.opcheck(ops.lora_forward.default, (x, [w], [bias], [a], [b], *options))
-    torch.library.opcheck(ops.lora_forward.default, (x, [w], [None], [a], [b], *options))
+    options = [23, 0], [1], [0.5], [dropout_p], seed, False
+    torch.library.opcheck(ops.lora_forward.default, (x, [w, None, None], [bias], [a], [b], *options))
+    torch.library.opcheck(ops.lora_forward.default, (x, [w, None, None], [None], [a], [b], *options))
     dy, s = torch.randn(9, 23, device=device, dtype=x.dtype), torch.randn(9, 4, device=device)
     for needs in ((True, [True], [True]), (False, [True], [False])):
-        torch.library.opcheck(ops.lora_backward.default, (x, [dy], [w], [a], [b], s, *options, *needs))
+        torch.library.opcheck(ops.lora_backward.default, (x, [dy], [w, None, None], [a], [b], s, *options, *needs))
 
 
 def test_compiles_without_a_graph_break(device):
@@ -562,3 +565,42 @@ def test_group_errors(change, error, message):
 def test_compute_must_be_known():
     with pytest.raises(ValueError, match=r"^lora_linear: compute must be 'match' or 'fast', got 'quick'"):
         lora_linear(**make((9, 19, 23, 4)), scale=0.5, compute="quick")
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=shape_id)
+@pytest.mark.parametrize("quantize", [quantize_nf4, quantize_int8])
+def test_quantised_weights(backend, quantize, dtype, monkeypatch):
+    """As with the weight that they stand for, in float64; its blocks do not all fit in the scratch at once."""
+    monkeypatch.setattr("fusetune.ops.quantize.SCRATCH_BYTES", {"cpu": 4 * 64 * 70})
+    inputs = make((9, 64, 150, 5), dtype, FP32, backend.device)
+    q = quantize(inputs.pop("w"))
+    dy = torch.randn(9, 150, device=backend.device, dtype=dtype)
+
+    def op(x, a, b, bias, **options):
+        first, second = lora_linear_group(
+            x, [Projection(q, bias, [Adapter(a, b, 0.5)]), Projection(q, None, [Adapter(a, b, 1.0, 0.0)])]
+        )
+        return first - second
+
+    def reference(x, a, b, bias, **options):
+        w = dequantize_reference(q, x.dtype)
+        adapter = Adapter(a, b, 0.5)
+        first, second = lora_linear_group_reference(
+            x, [Projection(w, bias, [adapter]), Projection(w, None, [adapter._replace(scale=1.0)])]
+        )
+        return first - second
+
+    oracle.compare(op, reference, inputs, dy)
+
+
+@pytest.mark.parametrize("quantize", [quantize_nf4, quantize_int8])
+def test_quantised_weights_are_saved_as_they_are(device, quantize):
+    inputs = make((9, 64, 150, 5), device=device)
+    q = quantize(inputs.pop("w"))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        lora_linear(inputs["x"], q, inputs["a"], inputs["b"], 0.5)
+    known = {t.data_ptr() for t in (*q[:3], *inputs.values()) if t is not None}
+    assert [list(t.shape) for t in saved if t.data_ptr() not in known] == [[9, 5]]
+    with pytest.raises(ValueError, match=r"^lora_linear: w must have shape \[N, 63\], got \[150, 64\]"):
+        lora_linear(inputs["x"][:, :63], q, inputs["a"][:, :63], inputs["b"], 0.5)

@@ -1,5 +1,5 @@
-"""The products of which GPUs make LoRA linear, each alone: in Triton's interpreter, by CUDA's kernels on the host, and on
-a GPU."""
+"""The products of which GPUs make LoRA linear, each alone: in Triton's interpreter, by CUDA's kernels on the host, and
+on a GPU."""
 
 import pytest
 import torch

@@ -140,7 +140,9 @@ def specialize(value: Any) -> tuple[Any, Any]:
         return types, divisible
     if isinstance(value, torch.Tensor):
         kind, bits = re.fullmatch(r"torch\.([a-z]+)(\d*)", str(value.dtype)).groups()
-        return "*" + {"float": "fp", "bfloat": "bf", "int": "i", "uint": "u", "bool": "i1"}[kind] + bits, value.data_ptr() % 16 == 0
+        return "*" + {"float": "fp", "bfloat": "bf", "int": "i", "uint": "u", "bool": "i1"}[
+            kind
+        ] + bits, value.data_ptr() % 16 == 0
     if isinstance(value, float):
         return "fp32", False
     if value is None or value == 1:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fusetune._tune import fastest
+from fusetune.ops.quantize import QuantizedWeight, accumulate, accumulate_t
 
 
 def primitives(backend: str) -> Any:
@@ -55,20 +56,31 @@ class LowRank(NamedTuple):
     seed: Tensor | None = None
 
 
-def linear(kernels: Any, x: Tensor, v: Tensor, low_rank: list[LowRank], bias: Tensor | None, out: Tensor) -> None:
-    """out = bias + the sum of low-rank products + x v^T: by `up` and torch's product; or in one kernel, where there is
-    one low-rank product and a measurement on this GPU says that one kernel is faster."""
+def linear(
+    kernels: Any,
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    transposed: bool,
+    low_rank: list[LowRank],
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    """out = bias + the sum of low-rank products + x weight^T, or where `transposed` x weight: by `up` and torch's
+    product; or in one kernel, where there is one low-rank product and a measurement on this GPU says that one kernel is
+    faster."""
 
     def up_and_addmm() -> None:
         for i, (t, w, factor, dropout_p, seed) in enumerate(low_rank):
             kernels.up(t, w, None if i else bias, out, factor, dropout_p, seed, i > 0)
         if not low_rank:
             out.zero_() if bias is None else out.copy_(bias)
-        out.addmm_(x, v.t())
+        (accumulate_t if transposed else accumulate)(out, x, weight)
 
     one_mask = len(low_rank) == 1 and (low_rank[0].seed is None or len(low_rank[0].seed) == 1)
-    if not one_mask or not hasattr(kernels, "linear") or x.dtype == torch.float32 or not out.numel():
+    tunable = one_mask and hasattr(kernels, "linear") and x.dtype != torch.float32 and out.numel() > 0
+    if not tunable or not isinstance(weight, Tensor):
         return up_and_addmm()
+    v = weight.t() if transposed else weight
     t, w, *factors = low_rank[0]
     ways: dict[str, Callable[[], None]] = {"up and addmm": up_and_addmm}
     for tile in kernels.linear_tiles(x.device):
@@ -84,7 +96,7 @@ def linear(kernels: Any, x: Tensor, v: Tensor, low_rank: list[LowRank], bias: Te
 def forward(
     kernels: Any,
     x: Tensor,
-    w: list[Tensor],
+    w: list[Tensor | QuantizedWeight],
     bias: list[Tensor | None],
     a: list[Tensor],
     b: list[Tensor],
@@ -100,13 +112,21 @@ def forward(
     s = x.new_empty(len(x), sum(len(t) for t in a), dtype=torch.float32)
     for stack in stacks(a, dropout_ps, seeds):
         kernels.down(x, stack.a, s[:, stack.columns], 1.0, stack.dropout_p, stack.seed)
-    adapters = zip(s.split([len(t) for t in a], 1), b, scales, strict=True)
     ys = []
+    first = column = 0
     for v, t, count in zip(w, bias, counts, strict=True):
-        y = x.new_empty(len(x), len(v))
-        of_projection = [next(adapters) for _ in range(count)]
-        linear(kernels, x, v, [LowRank(s_i, b_i.t(), scale) for s_i, b_i, scale in of_projection], t, y)
+        y = x.new_empty(len(x), v.shape[0])
+        of_projection = list(zip(b, scales, strict=True))[first : first + count]
+        ranks = sum(b_i.shape[1] for b_i, _ in of_projection)
+        low_rank = []
+        if count == 1:
+            low_rank = [LowRank(s[:, column : column + ranks], b[first].t(), scales[first])]
+        elif count:  # side by side, so that y0 is rounded once
+            scaled = torch.cat([b_i * scale for b_i, scale in of_projection], 1)
+            low_rank = [LowRank(s[:, column : column + ranks], scaled.t(), 1.0)]
+        linear(kernels, x, v, False, low_rank, t, y)
         ys.append(y)
+        first, column = first + count, column + ranks
     return ys, s
 
 
@@ -114,7 +134,7 @@ def backward(
     kernels: Any,
     x: Tensor,
     dys: list[Tensor],
-    w: list[Tensor],
+    w: list[Tensor | QuantizedWeight],
     a: list[Tensor],
     b: list[Tensor],
     s: Tensor,
@@ -155,6 +175,6 @@ def backward(
                 if gradient.numel():
                     gradient.copy_(part)
     if dx.numel():
-        linear(kernels, dys[0], w[0].t(), low_rank, None, dx)
+        linear(kernels, dys[0], w[0], True, low_rank, None, dx)
         for dy, v in zip(dys[1:], w[1:], strict=True):
-            dx.addmm_(dy, v)
+            accumulate_t(dx, dy, v)

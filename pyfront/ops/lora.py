@@ -18,6 +18,7 @@ from fusetune._register import register
 from fusetune.backend import choose, gemm_dtype
 from fusetune.ops import _lora_gpu
 from fusetune.ops.philox import draw_seed, keep_mask, kept_scale
+from fusetune.ops.quantize import QuantizedWeight, accumulate, accumulate_t, check_quantized, dequantize_reference
 
 
 class Adapter(NamedTuple):
@@ -32,14 +33,14 @@ class Adapter(NamedTuple):
 class Projection(NamedTuple):
     """A frozen linear layer and the adapters that are added to it."""
 
-    w: Tensor  # [N, K] frozen weight, of x's dtype
+    w: Tensor | QuantizedWeight  # [N, K] frozen weight, of x's dtype or quantised
     bias: Tensor | None  # [N], of x's dtype or float32
     adapters: Sequence[Adapter]
 
 
 def lora_linear(
     x: Tensor,
-    w: Tensor,
+    w: Tensor | QuantizedWeight,
     a: Tensor,
     b: Tensor,
     scale: float,
@@ -55,7 +56,7 @@ def lora_linear(
 
     Args:
         x: [..., K] float32, bfloat16 or float16.
-        w: [N, K] frozen weight, of x's dtype.
+        w: [N, K] frozen weight, of x's dtype; or quantised, then never dequantised as a whole and not for backward.
         a: [R, K] down projection, of x's dtype or float32.
         b: [N, R] up projection, of a's dtype.
         scale: factor of the adapter (alpha / R in PEFT).
@@ -97,7 +98,7 @@ def lora_linear_group(x: Tensor, projections: Sequence[Projection], *, compute: 
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         projections = [
-            Projection(w.to(dtype), None if bias is None else bias.to(dtype), adapters)
+            Projection(w.to(dtype) if isinstance(w, Tensor) else w, None if bias is None else bias.to(dtype), adapters)
             for w, bias, adapters in projections
         ]
     _check(x, projections, compute)
@@ -107,11 +108,12 @@ def lora_linear_group(x: Tensor, projections: Sequence[Projection], *, compute: 
         return lora_linear_group_reference(x, projections, seeds=seeds)
     ys = _LoraLinear.apply(
         x[None].flatten(0, -2),
+        [size for projection in projections for size in _format(projection.w)],
         [len(projection.adapters) for projection in projections],
         [float(adapter.scale) for adapter in adapters],
         [float(adapter.dropout_p) for adapter in adapters],
         compute == "fast",
-        *[projection.w for projection in projections],
+        *[tensor for projection in projections for tensor in _tensors(projection.w)],
         *[projection.bias for projection in projections],
         *[adapter.a for adapter in adapters],
         *[adapter.b for adapter in adapters],
@@ -121,7 +123,7 @@ def lora_linear_group(x: Tensor, projections: Sequence[Projection], *, compute: 
 
 def lora_linear_reference(
     x: Tensor,
-    w: Tensor,
+    w: Tensor | QuantizedWeight,
     a: Tensor,
     b: Tensor,
     scale: float,
@@ -142,6 +144,7 @@ def lora_linear_group_reference(
     ys = []
     index = 0
     for w, bias, adapters in projections:
+        w = w if isinstance(w, Tensor) else dequantize_reference(w, x.dtype)
         y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
         for a, b, scale, dropout_p in adapters:
             h = x.to(a.dtype)
@@ -163,12 +166,15 @@ def _check(x: Tensor, projections: Sequence[Projection], compute: str) -> None:
     K = x.shape[-1]
     adapter_dtype = None
     for w, bias, adapters in projections:
-        check_dtype(op, "w", w, [x.dtype])
-        check_shape(op, "w", w, ["N", K])
-        check_device(op, "w", w, x.device)
-        check(
-            not w.requires_grad, ValueError, f"{op}: w must be frozen, got requires_grad=True; use F.linear to train it"
-        )
+        if isinstance(w, Tensor):
+            check_dtype(op, "w", w, [x.dtype])
+            check_shape(op, "w", w, ["N", K])
+            frozen = not w.requires_grad
+            check(frozen, ValueError, f"{op}: w must be frozen, got requires_grad=True; use F.linear to train it")
+        else:
+            check_quantized(op, "w", w)
+            check(w.shape[1] == K, ValueError, f"{op}: w must have shape [N, {K}], got {list(w.shape)}")
+        check_device(op, "w", w if isinstance(w, Tensor) else w.codes, x.device)
         if bias is not None:
             check_dtype(op, "bias", bias, list(dict.fromkeys([x.dtype, torch.float32])))
             check_shape(op, "bias", bias, [w.shape[0]])
@@ -190,12 +196,13 @@ def _float32_too(x: Tensor) -> list[torch.dtype]:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """`tensors` are the w of all projections, their biases, then the a and the b of all adapters."""
+    """`tensors` are what _tensors gives of all projections, their biases, then the a and the b of all adapters."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        formats: list[int],
         counts: list[int],
         scales: list[float],
         dropout_ps: list[float],
@@ -204,9 +211,9 @@ class _LoraLinear(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         w, bias, a, b = _split(tensors, counts)
         seeds = draw_seed(x.device, len(a)) if any(dropout_ps) else None
-        ys, s = _lora_forward(x, w, bias, a, b, counts, scales, dropout_ps, seeds, fast)
+        ys, s = _lora_forward(x, w, bias, a, b, formats, counts, scales, dropout_ps, seeds, fast)
         ctx.save_for_backward(x, s, seeds, *w, *a, *b)
-        ctx.options = counts, scales, dropout_ps, fast
+        ctx.options = formats, counts, scales, dropout_ps, fast
         ctx.bias_dtypes = [None if t is None else t.dtype for t in bias]
         return tuple(ys)
 
@@ -214,18 +221,18 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, s, seeds, *tensors = ctx.saved_tensors
-        counts, scales, dropout_ps, fast = ctx.options
+        formats, counts, scales, dropout_ps, fast = ctx.options
         P, A = len(counts), len(scales)
-        w, a, b = tensors[:P], tensors[P : P + A], tensors[P + A :]
-        needs_dx, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        w, a, b = tensors[: 3 * P], tensors[3 * P : 3 * P + A], tensors[3 * P + A :]
+        needs_dx, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         _, needs_dbias, needs_da, needs_db = _split(needs, counts)
         dx, da, db = _lora_backward(
-            x, list(dys), w, a, b, s, counts, scales, dropout_ps, seeds, fast, needs_dx, needs_da, needs_db
+            x, list(dys), w, a, b, s, formats, counts, scales, dropout_ps, seeds, fast, needs_dx, needs_da, needs_db
         )
         wanted = zip(dys, ctx.bias_dtypes, needs_dbias, strict=True)
         return (
             dx if needs_dx else None,
-            *[None] * (4 + P),
+            *[None] * (5 + 3 * P),
             *(dy.sum(0, dtype=dtype) if needed else None for dy, dtype, needed in wanted),
             *(gradient if needed else None for gradient, needed in zip(da, needs_da, strict=True)),
             *(gradient if needed else None for gradient, needed in zip(db, needs_db, strict=True)),
@@ -235,7 +242,33 @@ class _LoraLinear(torch.autograd.Function):
 def _split(values: Sequence[Any], counts: Sequence[int]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
     """Of w, bias, a and b, what _LoraLinear takes as one list."""
     P, A = len(counts), sum(counts)
-    return list(values[:P]), list(values[P : 2 * P]), list(values[2 * P : 2 * P + A]), list(values[2 * P + A :])
+    ends = 3 * P, 4 * P, 4 * P + A
+    return (
+        list(values[: ends[0]]),
+        list(values[ends[0] : ends[1]]),
+        list(values[ends[1] : ends[2]]),
+        list(values[ends[2] :]),
+    )
+
+
+# A weight crosses torch's dispatcher as three tensors and its format, N and the blocksize: codes, absmax and nested of
+# a quantised weight, or an ordinary one, twice None, and blocksize 0.
+def _tensors(w: Tensor | QuantizedWeight) -> tuple[Tensor | None, ...]:
+    return (w, None, None) if isinstance(w, Tensor) else w[:3]
+
+
+def _format(w: Tensor | QuantizedWeight) -> tuple[int, int]:
+    return (w.shape[0], 0) if isinstance(w, Tensor) else (w.shape[0], w.blocksize)
+
+
+def _weights(tensors: list[Any], formats: list[int], K: int) -> list[Tensor | QuantizedWeight]:
+    """The other way round."""
+    return [
+        QuantizedWeight(codes, absmax, nested, (N, K), blocksize) if absmax is not None else codes
+        for codes, absmax, nested, N, blocksize in zip(
+            *(tensors[i::3] for i in range(3)), *(formats[i::2] for i in range(2)), strict=True
+        )
+    ]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -275,16 +308,13 @@ def _tables(
     return array("q", adapters), array("d", factors), array("q", projections)
 
 
-def _to(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype == dtype else t.to(dtype)  # half the cost of a call of `to`
-
-
 def _forward(
     x: Tensor,
-    w: list[Tensor],
+    w: list[Tensor | None],
     bias: list[Tensor | None],
     a: list[Tensor],
     b: list[Tensor],
+    formats: list[int],
     counts: list[int],
     scales: list[float],
     dropout_ps: list[float],
@@ -296,12 +326,13 @@ def _forward(
     bias = [None if t is None else t.contiguous() for t in bias]
     device = x.device
     backend = choose("lora", device)
+    weights = _weights(w, formats, x.shape[1])
     if backend != "cpu":
         kernels = _lora_gpu.primitives(backend)
-        return _lora_gpu.forward(kernels, x, w, bias, a, b, counts, scales, dropout_ps, seeds, fast)
+        return _lora_gpu.forward(kernels, x, weights, bias, a, b, counts, scales, dropout_ps, seeds, fast)
     M, K = x.shape
     dtype = gemm_dtype(device.type, x.dtype)
-    ys = [torch.empty((M, t.shape[0]), dtype=dtype, device=device) for t in w]
+    ys = [torch.empty((M, N), dtype=dtype, device=device) for N in formats[::2]]
     s = torch.empty((M, sum([t.shape[0] for t in a])), dtype=torch.float32, device=device)
     tables = _tables(a, b, None, None, counts, scales, dropout_ps, seeds, ys, bias)
     adapters, factors, projections = [table.buffer_info()[0] for table in tables]
@@ -310,19 +341,20 @@ def _forward(
         *(x.data_ptr(), s.data_ptr(), adapters, factors, len(a), projections, len(ys), M, K, x.stride(0)),
         *(code(x.dtype), code(a[0].dtype) if a else 0, code(dtype), fast, _native.threads()),
     )
-    h = _to(x, dtype)
-    for y, t in zip(ys, w, strict=True):
-        y.addmm_(h, _to(t, dtype).t())
-    return [_to(y, x.dtype) for y in ys], s
+    h = x if x.dtype == dtype else x.to(dtype)
+    for y, weight in zip(ys, weights, strict=True):
+        accumulate(y, h, weight)
+    return [y if dtype == x.dtype else y.to(x.dtype) for y in ys], s
 
 
 def _backward(
     x: Tensor,
     dys: list[Tensor],
-    w: list[Tensor],
+    w: list[Tensor | None],
     a: list[Tensor],
     b: list[Tensor],
     s: Tensor,
+    formats: list[int],
     counts: list[int],
     scales: list[float],
     dropout_ps: list[float],
@@ -342,9 +374,10 @@ def _backward(
     dx = make((M, K) if needs_dx else (0,), dtype=dtype, device=device)
     da = [torch.empty_like(t) if needed else t.new_empty(0) for t, needed in zip(a, needs_da, strict=True)]
     db = [torch.empty_like(t) if needed else t.new_empty(0) for t, needed in zip(b, needs_db, strict=True)]
+    weights = _weights(w, formats, K)
     if backend != "cpu":
         kernels = _lora_gpu.primitives(backend)
-        _lora_gpu.backward(kernels, x, dys, w, a, b, s, counts, scales, dropout_ps, seeds, fast, dx, da, db)
+        _lora_gpu.backward(kernels, x, dys, weights, a, b, s, counts, scales, dropout_ps, seeds, fast, dx, da, db)
         return dx, da, db
     tables = _tables(a, b, da, db, counts, scales, dropout_ps, seeds, dys, None)
     adapters, factors, projections = [table.buffer_info()[0] for table in tables]
@@ -355,17 +388,18 @@ def _backward(
         *(code(x.dtype), code(a[0].dtype) if a else 0, code(dtype), fast, _native.threads()),
     )
     if needs_dx:
-        for dy, t in zip(dys, w, strict=True):
-            dx.addmm_(_to(dy, dtype), _to(t, dtype))
-    return _to(dx, x.dtype), da, db
+        for dy, weight in zip(dys, weights, strict=True):
+            accumulate_t(dx, dy, weight)
+    return dx.to(x.dtype), da, db
 
 
 def _fake_forward(
     x: Tensor,
-    w: list[Tensor],
+    w: list[Tensor | None],
     bias: list[Tensor | None],
     a: list[Tensor],
     b: list[Tensor],
+    formats: list[int],
     counts: list[int],
     scales: list[float],
     dropout_ps: list[float],
@@ -373,16 +407,17 @@ def _fake_forward(
     fast: bool,
 ) -> tuple[list[Tensor], Tensor]:
     s = x.new_empty(x.shape[0], sum(t.shape[0] for t in a), dtype=torch.float32)
-    return [x.new_empty(x.shape[0], t.shape[0]) for t in w], s
+    return [x.new_empty(x.shape[0], N) for N in formats[::2]], s
 
 
 def _fake_backward(
     x: Tensor,
     dys: list[Tensor],
-    w: list[Tensor],
+    w: list[Tensor | None],
     a: list[Tensor],
     b: list[Tensor],
     s: Tensor,
+    formats: list[int],
     counts: list[int],
     scales: list[float],
     dropout_ps: list[float],
@@ -400,14 +435,14 @@ def _fake_backward(
 
 
 _lora_forward: Callable[..., tuple[list[Tensor], Tensor]] = register(
-    "lora_forward(Tensor x, Tensor[] w, Tensor?[] bias, Tensor[] a, Tensor[] b, int[] counts, float[] scales,"
-    " float[] dropout_ps, Tensor? seeds, bool fast) -> (Tensor[], Tensor)",
+    "lora_forward(Tensor x, Tensor?[] w, Tensor?[] bias, Tensor[] a, Tensor[] b, int[] formats, int[] counts,"
+    " float[] scales, float[] dropout_ps, Tensor? seeds, bool fast) -> (Tensor[], Tensor)",
     _forward,
     _fake_forward,
 )
 _lora_backward: Callable[..., tuple[Tensor, list[Tensor], list[Tensor]]] = register(
-    "lora_backward(Tensor x, Tensor[] dys, Tensor[] w, Tensor[] a, Tensor[] b, Tensor s, int[] counts, float[] scales,"
-    " float[] dropout_ps, Tensor? seeds, bool fast, bool needs_dx, bool[] needs_da, bool[] needs_db)"
+    "lora_backward(Tensor x, Tensor[] dys, Tensor?[] w, Tensor[] a, Tensor[] b, Tensor s, int[] formats, int[] counts,"
+    " float[] scales, float[] dropout_ps, Tensor? seeds, bool fast, bool needs_dx, bool[] needs_da, bool[] needs_db)"
     " -> (Tensor, Tensor[], Tensor[])",
     _backward,
     _fake_backward,
