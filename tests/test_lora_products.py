@@ -207,7 +207,7 @@ def test_linear(triton_products, gpu_backend, shape, p, dot):
 
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_both_ways_are_offered_and_either_is_right(triton_products, gpu_backend, monkeypatch, p):
-    """Forward and backward by each way; a group's dx starts as the first projection's."""
+    """Forward and backward by each way."""
     device = gpu_backend.device
     x = torch.randn(40, 37, device=device).half().requires_grad_()
     tensors = [torch.randn(size, device=device) / 6 for size in ((29, 37), (4, 37), (29, 4))]
@@ -221,16 +221,16 @@ def test_both_ways_are_offered_and_either_is_right(triton_products, gpu_backend,
 
         monkeypatch.setattr(_lora_gpu, "fastest", fastest)
         torch.manual_seed(7)
-        group = [Projection(w, None, [Adapter(a, b, 0.5, p)]), Projection(w, None, [])]
+        group = [Projection(w, None, [Adapter(a, b, 0.5, p)])]
         return torch.autograd.grad(torch.cat(lora_linear_group(x, group), 1).square().sum(), (x, a, b))
 
     torch.manual_seed(7)
     seeds = draw_seed(device).tolist()
     doubles = [t.detach().double().requires_grad_() for t in (x, a, b)]
-    group = [Projection(w.double(), None, [Adapter(*doubles[1:], 0.5, p)]), Projection(w.double(), None, [])]
+    group = [Projection(w.double(), None, [Adapter(*doubles[1:], 0.5, p)])]
     out = torch.cat(lora_linear_group_reference(doubles[0], group, seeds=seeds), 1)
     exact = torch.autograd.grad(out.square().sum(), doubles)
-    plain = run("up and addmm")
+    plain = run("addmm and up")
     for name, *results in zip(("dx", "da", "db"), run("linear"), plain, exact, strict=True):
         assert_right(name, *results)
     assert len(asked) == 4  # y and dx, each way
@@ -249,9 +249,9 @@ def test_rows_are_measured_by_powers_of_two(triton_products, gpu_backend, monkey
     assert [case[2] for case in cases] == [1, 2, 4, 4, 8, 8, 16]
 
 
-@pytest.mark.parametrize("change", ["float32", "two adapters", "two masks", "empty"])
+@pytest.mark.parametrize("change", ["float32", "two adapters", "two masks", "group", "empty"])
 def test_one_kernel_is_offered_where_it_can_serve(triton_products, gpu_backend, monkeypatch, change):
-    """Backward of a group whose adapters have masks of their own takes `up`, which reads x once for them all."""
+    """A group's dx takes `up` for all its masks at once."""
     cases = []
     monkeypatch.setattr(_lora_gpu, "fastest", lambda op, case, where, ways: cases.append(case) or next(iter(ways)))
     w, a, b = (torch.randn(size, device=gpu_backend.device) for size in ((5, 6), (2, 6), (5, 2)))
@@ -259,12 +259,11 @@ def test_one_kernel_is_offered_where_it_can_serve(triton_products, gpu_backend, 
     adapter = Adapter(a.requires_grad_(), b, 0.5, 0.1 if change == "two masks" else 0.0)
     if change != "float32":
         x, w = x.half(), w.half()
-    if change == "two masks":
-        group = [Projection(w, None, [adapter]), Projection(w, None, [adapter])]
-    else:
-        group = [Projection(w, None, [adapter, adapter] if change == "two adapters" else [adapter])]
+    group = [Projection(w, None, [adapter, adapter] if change.startswith("two") else [adapter])]
+    if change == "group":
+        group *= 2
     ys = lora_linear_group(x.requires_grad_(), group)
     forward = len(cases)
     sum(y.sum() for y in ys).backward()
-    expected = {"two masks": (2, 2), "two adapters": (0, 1)}  # both adapters are one stack of dx
+    expected = {"group": (2, 2), "two masks": (1, 1), "two adapters": (1, 2)}
     assert (forward, len(cases)) == expected.get(change, (0, 0))

@@ -58,31 +58,34 @@ class LowRank(NamedTuple):
 
 def linear(
     kernels: Any,
-    x: Tensor,
-    weight: Tensor | QuantizedWeight,
+    products: list[tuple[Tensor, Tensor | QuantizedWeight]],
     transposed: bool,
     low_rank: list[LowRank],
     bias: Tensor | None,
     out: Tensor,
 ) -> None:
-    """out = bias + the sum of low-rank products + x weight^T, or where `transposed` x weight: by `up` and torch's
-    product; or in one kernel, where there is one low-rank product and a measurement on this GPU says that one kernel is
-    faster."""
+    """out = bias + the sums of x weight^T over `products`, or where `transposed` x weight, and of low-rank products.
 
-    def up_and_addmm() -> None:
+    By torch's products and then `up`, so that out is rounded as PEFT's sum is; or in one kernel, where there is one
+    product of each kind and a measurement on this GPU says that one kernel is faster.
+    """
+
+    def addmm_and_up() -> None:
+        if starts := bias is not None and not low_rank:
+            out.copy_(bias)
+        for i, (x, weight) in enumerate(products):
+            (accumulate_t if transposed else accumulate)(out, x, weight, beta=1 if i or starts else 0)
         for i, (t, w, factor, dropout_p, seed) in enumerate(low_rank):
-            kernels.up(t, w, None if i else bias, out, factor, dropout_p, seed, i > 0)
-        if not low_rank:
-            out.zero_() if bias is None else out.copy_(bias)
-        (accumulate_t if transposed else accumulate)(out, x, weight)
+            kernels.up(t, w, None if i else bias, out, factor, dropout_p, seed, True)
 
-    one_mask = len(low_rank) == 1 and (low_rank[0].seed is None or len(low_rank[0].seed) == 1)
-    tunable = one_mask and hasattr(kernels, "linear") and x.dtype != torch.float32 and out.numel() > 0
+    x, weight = products[0]
+    single = len(products) == len(low_rank) == 1 and (low_rank[0].seed is None or len(low_rank[0].seed) == 1)
+    tunable = single and hasattr(kernels, "linear") and out.dtype != torch.float32 and out.numel() > 0
     if not tunable or not isinstance(weight, Tensor):
-        return up_and_addmm()
+        return addmm_and_up()
     v = weight.t() if transposed else weight
     t, w, *factors = low_rank[0]
-    ways: dict[str, Callable[[], None]] = {"up and addmm": up_and_addmm}
+    ways: dict[str, Callable[[], None]] = {"addmm and up": addmm_and_up}
     for tile in kernels.linear_tiles(x.device):
         ways[f"linear {tile.rows} x {tile.cols}"] = functools.partial(
             kernels.linear, x, v, t, w, bias, out, *factors, tile
@@ -112,21 +115,19 @@ def forward(
     s = x.new_empty(len(x), sum(len(t) for t in a), dtype=torch.float32)
     for stack in stacks(a, dropout_ps, seeds):
         kernels.down(x, stack.a, s[:, stack.columns], 1.0, stack.dropout_p, stack.seed)
+    of_adapters = s.split([len(t) for t in a], 1)
     ys = []
-    first = column = 0
-    for v, t, count in zip(w, bias, counts, strict=True):
-        y = x.new_empty(len(x), v.shape[0])
-        of_projection = list(zip(b, scales, strict=True))[first : first + count]
-        ranks = sum(b_i.shape[1] for b_i, _ in of_projection)
-        low_rank = []
-        if count == 1:
-            low_rank = [LowRank(s[:, column : column + ranks], b[first].t(), scales[first])]
-        elif count:  # side by side, so that y0 is rounded once
-            scaled = torch.cat([b_i * scale for b_i, scale in of_projection], 1)
-            low_rank = [LowRank(s[:, column : column + ranks], scaled.t(), 1.0)]
-        linear(kernels, x, v, False, low_rank, t, y)
+    first = 0
+    for weight, t, count in zip(w, bias, counts, strict=True):
+        y = x.new_empty(len(x), weight.shape[0])
+        end = first + count
+        low_rank = [LowRank(of_adapters[i], b[i].t(), scales[i]) for i in range(first, end)]
+        if count > 1:  # one product, so that y is rounded once after it
+            scaled = torch.cat([factor * s_i for s_i, _, factor, *_ in low_rank], 1)
+            low_rank = [LowRank(scaled, torch.cat(b[first:end], 1).t(), 1.0)]
+        linear(kernels, [(x, weight)], False, low_rank, t, y)
         ys.append(y)
-        first, column = first + count, column + ranks
+        first = end
     return ys, s
 
 
@@ -175,6 +176,4 @@ def backward(
                 if gradient.numel():
                     gradient.copy_(part)
     if dx.numel():
-        linear(kernels, dys[0], w[0], True, low_rank, None, dx)
-        for dy, v in zip(dys[1:], w[1:], strict=True):
-            accumulate_t(dx, dy, v)
+        linear(kernels, list(zip(dys, w, strict=True)), True, low_rank, None, dx)

@@ -143,28 +143,28 @@ def quantized_linear(x: Tensor, q: QuantizedWeight, bias: Tensor | None = None) 
     return y.view(*x.shape[:-1], q.shape[0])
 
 
-def accumulate(y: Tensor, x: Tensor, w: Tensor | QuantizedWeight) -> None:
-    """y [M, N] += x [M, K] w^T, computed in y's dtype; by blocks of rows of w where it is quantised. Not
+def accumulate(y: Tensor, x: Tensor, w: Tensor | QuantizedWeight, beta: float = 1) -> None:
+    """y [M, N] = beta y + x [M, K] w^T, computed in y's dtype; by blocks of rows of w where it is quantised. Not
     differentiable."""
     x = _to(x, y.dtype)
     if isinstance(w, Tensor):
-        y.addmm_(x, _to(w, y.dtype).t())
+        y.addmm_(x, _to(w, y.dtype).t(), beta=beta)
         return
     N, K = w.shape
     for n0, n1 in _blocks(N, K, y):
-        y[:, n0:n1].addmm_(x, _dequantized_block(w, n0, n1, 0, K, y.dtype).t())
+        y[:, n0:n1].addmm_(x, _dequantized_block(w, n0, n1, 0, K, y.dtype).t(), beta=beta)
 
 
-def accumulate_t(dx: Tensor, dy: Tensor, w: Tensor | QuantizedWeight) -> None:
-    """dx [M, K] += dy [M, N] w, computed in dx's dtype; by blocks of columns of w where it is quantised, so that each
+def accumulate_t(dx: Tensor, dy: Tensor, w: Tensor | QuantizedWeight, beta: float = 1) -> None:
+    """dx [M, K] = beta dx + dy [M, N] w, computed in dx's dtype; by blocks of columns of w where it is quantised, so that each
     element of dx is rounded once. Not differentiable."""
     dy = _to(dy, dx.dtype)
     if isinstance(w, Tensor):
-        dx.addmm_(dy, _to(w, dx.dtype))
+        dx.addmm_(dy, _to(w, dx.dtype), beta=beta)
         return
     N, K = w.shape
     for k0, k1 in _blocks(K, N, dx):
-        dx[:, k0:k1].addmm_(dy, _dequantized_block(w, 0, N, k0, k1, dx.dtype))
+        dx[:, k0:k1].addmm_(dy, _dequantized_block(w, 0, N, k0, k1, dx.dtype), beta=beta)
 
 
 def _to(t: Tensor, dtype: torch.dtype) -> Tensor:
