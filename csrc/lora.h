@@ -77,8 +77,9 @@ FUSETUNE_LAUNCHER(LoraBackward, lora_backward)
 }  // namespace cpu
 }  // namespace fusetune
 
-// The products of which GPUs make both passes, with D as above; kernels/lora.py has the same. `factor` multiplies the
-// product, as does the factor of kept elements where there is dropout.
+// The products of which GPUs make both passes, with D as above; kernels/lora.py has the same. There the vendor's products
+// come first, and lora_up accumulates onto them. `factor` multiplies the product, as does the factor of kept elements
+// where there is dropout.
 //
 // A stack of adapters that share x has one call: w is theirs, one below another, and t or out theirs side by side. With
 // dropout it is cut into `masks` equal runs of ranks, and the i-th has the mask of seed[i]; without, seed is not read.

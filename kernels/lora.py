@@ -3,7 +3,7 @@
 Three products make both passes, with the mask D of the dropout where the contract has it:
 
     down    out [M, R] = factor (t . D) w^T            s from x, a;    ds from dy, b^T
-    up      out [M, C] = bias + factor (t w) . D       y0 from s, b^T;  dx0 from ds, a
+    up      out [M, C] += bias + factor (t w) . D      y from s, b^T;   dx from ds, a
     outer   out [R, C] = factor t^T (u . D)            da from ds, x;  db^T from s, dy
 
 `linear` is `up` and the product with the frozen weight in one: the accumulator starts as the low-rank product.
@@ -17,7 +17,7 @@ same rows of x for different ranks are neighbours, so that all but the first fin
 Products take w's type: in 16 bits as they are, in float32 for float32 x on the FMA units. A float32 adapter on 16-bit x
 keeps its 24 bits on the tensor cores, as three TF32 products; AMD's multiply float32 as it is.
 
-Floor: bytes over the copy rate; x is read twice, dy twice (for ds and for db), y0 and dx0 are written once.
+Floor: bytes over the copy rate; x is read twice, dy twice (for ds and for db), y and dx are read and written once.
 """
 
 from __future__ import annotations

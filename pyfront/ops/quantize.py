@@ -156,8 +156,8 @@ def accumulate(y: Tensor, x: Tensor, w: Tensor | QuantizedWeight, beta: float = 
 
 
 def accumulate_t(dx: Tensor, dy: Tensor, w: Tensor | QuantizedWeight, beta: float = 1) -> None:
-    """dx [M, K] = beta dx + dy [M, N] w, computed in dx's dtype; by blocks of columns of w where it is quantised, so that each
-    element of dx is rounded once. Not differentiable."""
+    """dx [M, K] = beta dx + dy [M, N] w, computed in dx's dtype; by blocks of columns of w where it is quantised,
+    so that each element of dx is rounded once. Not differentiable."""
     dy = _to(dy, dx.dtype)
     if isinstance(w, Tensor):
         dx.addmm_(dy, _to(w, dx.dtype), beta=beta)
