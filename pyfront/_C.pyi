@@ -100,6 +100,22 @@ def flash_attention_backward(
     threads: int,
 ) -> None: ...
 def adamw_step(table: int, rows: int, hypers: int, grad_scale: int, found_inf: int, threads: int) -> None: ...
+def quantize_nf4(w: int, codes: int, absmax: int, count: int, block: int, dtype: int, threads: int) -> None: ...
+def dequantize(
+    codes: int,
+    absmax: int,
+    nested: int,
+    out: int,
+    n0: int,
+    n1: int,
+    k0: int,
+    k1: int,
+    K: int,
+    block: int,
+    bits: int,
+    dtype: int,
+    threads: int,
+) -> None: ...
 def cuda_lora_forward(
     x: int,
     a: int,
@@ -144,3 +160,18 @@ def cuda_lora_backward(
     stream: int,
 ) -> None: ...
 def cuda_adamw_step(table: int, rows: int, hypers: int, grad_scale: int, found_inf: int, stream: int) -> None: ...
+def cuda_dequantize(
+    codes: int,
+    absmax: int,
+    nested: int,
+    out: int,
+    n0: int,
+    n1: int,
+    k0: int,
+    k1: int,
+    K: int,
+    block: int,
+    bits: int,
+    dtype: int,
+    stream: int,
+) -> None: ...
