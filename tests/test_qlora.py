@@ -280,6 +280,41 @@ def test_without_double_quantisation_and_stored_as_another_dtype(bnb):
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+def test_models_are_exchanged_with_transformers(bnb, tmp_path):
+    """In NF4, by folders that transformers writes and loads with bitsandbytes."""
+    import transformers
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    tokens = torch.arange(8)[None] + 4
+    ours = transformers.LlamaForCausalLM(tiny.llama_config(**sizes)).eval()
+    ours.save_pretrained(tmp_path / "float")
+    quantize_linears(ours.model, "nf4")
+    ours.save_pretrained(tmp_path / "ours")
+    settings = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=FP32,
+    )
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    config["quantization_config"] = settings.to_dict()
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", device_map="cpu")
+    assert type(theirs.model.layers[0].mlp.up_proj) is bnb.nn.Linear4bit
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, ours(tokens).logits)
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "float", quantization_config=settings, device_map="cpu", dtype=FP32
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = transformers.LlamaForCausalLM(tiny.llama_config(**sizes)).eval()
+    quantize_linears(again.model, "nf4")
+    again.load_state_dict(load_file(tmp_path / "theirs" / "model.safetensors"))
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens).logits, ours(tokens).logits, rtol=0, atol=0)
+
+
 # fusetune finetune --quantize
 
 
