@@ -24,6 +24,7 @@ MARKS = ("<!-- results -->\n", "<!-- /results -->\n")
 BASELINES = {
     "finetune": ("stock", "transformers + PEFT + torch.optim.AdamW(fused=True)"),
     "lora_linear": ("peft", "PEFT's layer"),
+    "dora_linear": ("peft", "PEFT's layer with DoRA"),
     "flash_attention": ("stock", "torch's scaled_dot_product_attention"),
     "adamw": ("fused", "torch.optim.AdamW(fused=True)"),
     "dequantize": ("bitsandbytes", "bitsandbytes"),
@@ -168,6 +169,8 @@ def beside(row: Row) -> list[str]:
     said = []
     if "lora_tax" in row:
         said.append(f"tax {row['lora_tax']:+.1%}, PEFT's {row['peft_tax']:+.1%}, floor {row['floor']:+.1%}")
+    if "dora_over_lora" in row:
+        said.append(f"{row['dora_over_lora']:.2f}× the time of LoRA")
     if "gflops" in row:
         said.append(f"{row['gflops']:,} GFLOP/s")
     if "gbs" in row:

@@ -4,6 +4,7 @@
 
 #include "adamw.h"
 #include "cpu/dispatch.h"
+#include "dora.h"
 #include "flash_attention.h"
 #include "lora.h"
 #include "quantize.h"
@@ -63,6 +64,15 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("lora_backward", cpu_launcher(fusetune::cpu::lora_backward), "x"_a, "s"_a, "dx0"_a, "adapters"_a, "factors"_a,
         "adapter_count"_a, "projections"_a, "projection_count"_a, "M"_a, "K"_a, "x_row"_a, "dtype"_a, "adapter_dtype"_a,
         "dx_dtype"_a, "fast"_a, "threads"_a);
+
+  m.def("dora_norm", cpu_launcher(fusetune::cpu::dora_norm), "w"_a, "a"_a, "b"_a, "norm"_a, "N"_a, "K"_a, "R"_a,
+        "w_row"_a, "w_col"_a, "scale"_a, "dtype"_a, "adapter_dtype"_a, "threads"_a);
+  m.def("dora_forward", cpu_launcher(fusetune::cpu::dora_forward), "pre"_a, "g"_a, "bias"_a, "rest"_a, "y"_a, "M"_a,
+        "N"_a, "dtype"_a, "threads"_a);
+  m.def("dora_backward", cpu_launcher(fusetune::cpu::dora_backward), "dy"_a, "pre"_a, "g"_a, "dpre"_a, "dg"_a,
+        "dbias"_a, "M"_a, "N"_a, "dy_row"_a, "dtype"_a, "threads"_a);
+  m.def("dora_dropout", cpu_launcher(fusetune::cpu::dora_dropout), "x"_a, "out"_a, "M"_a, "K"_a, "x_row"_a,
+        "dropout_p"_a, "seed"_a, "dtype"_a, "threads"_a);
 
   m.def("flash_attention_forward", cpu_launcher(fusetune::cpu::flash_attention_forward), "q"_a, "k"_a, "v"_a, "keep"_a,
         "o"_a, "lse"_a, "B"_a, "H"_a, "Hkv"_a, "Sq"_a, "Sk"_a, "D"_a, "strides"_a, "keep_row"_a, "scale"_a, "causal"_a,

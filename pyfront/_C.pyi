@@ -51,6 +51,38 @@ def lora_backward(
     dx_dtype: int,
     threads: int,
 ) -> None: ...
+def dora_norm(
+    w: int,
+    a: int,
+    b: int,
+    norm: int,
+    N: int,
+    K: int,
+    R: int,
+    w_row: int,
+    w_col: int,
+    scale: float,
+    dtype: int,
+    adapter_dtype: int,
+    threads: int,
+) -> None: ...
+def dora_forward(pre: int, g: int, bias: int, rest: int, y: int, M: int, N: int, dtype: int, threads: int) -> None: ...
+def dora_backward(
+    dy: int,
+    pre: int,
+    g: int,
+    dpre: int,
+    dg: int,
+    dbias: int,
+    M: int,
+    N: int,
+    dy_row: int,
+    dtype: int,
+    threads: int,
+) -> None: ...
+def dora_dropout(
+    x: int, out: int, M: int, K: int, x_row: int, dropout_p: float, seed: int, dtype: int, threads: int
+) -> None: ...
 def flash_attention_forward(
     q: int,
     k: int,

@@ -16,6 +16,7 @@ from fusetune import _native
 # The backends of each op, in order of preference, by device type. Triton runs on the CPU only in its interpreter.
 BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "lora": {"cpu": ("cpu", "triton"), "cuda": ("triton", "cuda")},
+    "dora": {"cpu": ("cpu", "triton"), "cuda": ("triton",)},
     "flash_attention": {"cpu": ("cpu", "triton"), "cuda": ("triton",)},
     "adamw": {"cpu": ("cpu", "triton"), "cuda": ("cuda", "triton")},
     "quantize": {"cpu": ("cpu", "triton"), "cuda": ("triton", "cuda")},

@@ -3,9 +3,10 @@
 The public names are `fusetune.patch`, `unpatch`, `patched` and `PatchReport`. This file is not patch.py, because Python
 puts an imported submodule `fusetune.patch` in the place of the function of that name.
 
-There are two kinds of replacement (fusetune.models):
+There are three kinds of replacement (fusetune.models):
 
 *   A class: the `__class__` of an instance becomes a subclass of its class. Parameters, their names and hooks stay.
+*   Layers that share their input: the block around them gets two hooks, between which they are computed as one.
 *   Attention: the model gets copies of its configs, which name our attention function. Other models may share the
     configs themselves, and must not change.
 """
@@ -25,7 +26,7 @@ import torch
 from torch import nn
 
 from fusetune.backend import choose
-from fusetune.models import ROWS, Row
+from fusetune.models import ROWS, SHARED_INPUT, Row
 
 OPS = {"attention": "flash_attention", "lora": "lora"}  # an op's name for patch(): its name in backend.py
 
@@ -89,7 +90,8 @@ def patch(model: nn.Module, *, ops: Iterable[str] | None = None, strict: bool = 
     _check_module("patch", model)
     names = _check_ops(ops)
     plan = [*_plan_attention(model, names), *_plan_classes(model, names)]
-    fates = Counter(step.fate() for step in plan)
+    blocks = list(_plan_blocks(model, plan))
+    fates = Counter([*(step.fate() for step in plan), *(block.fate() for block in blocks)])
     report = PatchReport(tuple(PatchEntry(*fate, count) for fate, count in fates.items()))
     if strict and report.left_alone:
         first = "; ".join(f"{e.count} {e.module} because {e.reason}" for e in report.left_alone[:3])
@@ -98,6 +100,10 @@ def patch(model: nn.Module, *, ops: Iterable[str] | None = None, strict: bool = 
         if step.row is not None and step.op != "attention":
             stock = _stock_class(step.module)
             step.module.__class__ = stock if step.reason else pkgutil.resolve_name(step.row.replaced_by)
+    if "lora" in names:
+        _unshare_input(model)
+    for block in blocks:
+        pkgutil.resolve_name("fusetune.nn.lora.share_input")(block.module, block.names)
     _switch_attention(model, plan)
     return report
 
@@ -115,6 +121,7 @@ def unpatch(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is not (stock := _stock_class(module)):
             module.__class__ = stock
+    _unshare_input(model)
     _restore_configs(list(model.modules()))
 
 
@@ -159,11 +166,22 @@ class _Step(NamedTuple):
     root: nn.Module | None = None  # of attention: the outermost transformers model around it
 
     def fate(self) -> tuple[str, str, str | None, str | None, str | None]:
-        stock = _stock_class(self.module)
-        name = f"{stock.__module__.split('.')[0]}.{stock.__name__}"
+        name = _name(self.module)
         if self.reason or self.row is None:
             return name, self.op, None, None, self.reason
         return name, self.op, self.row.replaced_by, self.backend, None
+
+
+class _Block(NamedTuple):
+    """A module whose layers of these names share their input."""
+
+    module: nn.Module
+    names: tuple[str, ...]
+    backend: str | None
+
+    def fate(self) -> tuple[str, str, str | None, str | None, str | None]:
+        layers = ", ".join(self.names)
+        return _name(self.module), "lora", f"fusetune.ops.lora_linear_group of {layers}", self.backend, None
 
 
 _REPLACEMENTS = frozenset(row.replaced_by for row in ROWS.values())
@@ -177,6 +195,11 @@ def _stock_class(module: nn.Module) -> type:
     """The class that the module has unpatched. A replacement is a direct subclass of what it replaces."""
     cls = type(module)
     return cls.__bases__[0] if _path(cls) in _REPLACEMENTS else cls
+
+
+def _name(module: nn.Module) -> str:
+    stock = _stock_class(module)
+    return f"{stock.__module__.split('.')[0]}.{stock.__name__}"
 
 
 def _choose(op: str, module: nn.Module) -> tuple[str | None, str | None]:
@@ -204,6 +227,21 @@ def _plan_classes(model: nn.Module, names: Collection[str]) -> Iterator[_Step]:
             yield _Step(module, row.op, row, backend, reason)
         elif row is None and isinstance(module, adapters):
             yield _Step(module, "lora", None, None, "its class is not in the tables")
+
+
+def _plan_blocks(model: nn.Module, plan: list[_Step]) -> Iterator[_Block]:
+    layers = {id(step.module): step for step in plan if step.op == "lora" and step.reason is None}
+    for module in model.modules():
+        candidates = SHARED_INPUT.get(_path(_stock_class(module)), ())
+        names = tuple(name for name in candidates if id(getattr(module, name, None)) in layers)
+        if len(names) > 1:
+            yield _Block(module, names, layers[id(getattr(module, names[0]))].backend)
+
+
+def _unshare_input(model: nn.Module) -> None:
+    if lora := sys.modules.get("fusetune.nn.lora"):  # it was imported where there is something to undo
+        for module in model.modules():
+            lora.unshare_input(module)
 
 
 def _plan_attention(model: nn.Module, names: Collection[str]) -> Iterator[_Step]:

@@ -43,12 +43,14 @@ def test_report() -> None:
     assert rows == {
         ("transformers.BertSelfAttention", 2, "fusetune.ops.flash_attention", "cpu"),
         ("peft.Linear", 4, "fusetune.nn.lora.LoraLinear", "cpu"),
+        ("transformers.BertSelfAttention", 2, "fusetune.ops.lora_linear_group of query, value", "cpu"),
     }
     assert report.left_alone == ()
     assert str(report).splitlines() == [
-        "module                          count  replaced by                   backend",
-        "transformers.BertSelfAttention      2  fusetune.ops.flash_attention  cpu",
-        "peft.Linear                         4  fusetune.nn.lora.LoraLinear   cpu",
+        "module                          count  replaced by                                     backend",
+        "transformers.BertSelfAttention      2  fusetune.ops.flash_attention                    cpu",
+        "peft.Linear                         4  fusetune.nn.lora.LoraLinear                     cpu",
+        "transformers.BertSelfAttention      2  fusetune.ops.lora_linear_group of query, value  cpu",
     ]
 
 
@@ -58,13 +60,15 @@ def test_report_of_what_is_left_alone() -> None:
         target_modules=["c_attn", "wte"],
         fan_in_fan_out=True,
     )
+    model.base_model.model.score = make_lora(nn.Sequential(nn.Conv1d(2, 2, 1)), target_modules=["0"])
     report = patch(model)
     assert [(e.module, e.op, e.replaced_by) for e in report.replaced] == [
-        ("peft.Linear", "lora", "fusetune.nn.lora.LoraLinear")
+        ("peft.Embedding", "lora", "fusetune.nn.lora.LoraEmbedding"),
+        ("peft.Linear", "lora", "fusetune.nn.lora.LoraLinear"),
     ]
     assert {(e.module, e.op, e.reason) for e in report.left_alone} == {
         ("transformers.GPT2Attention", "attention", "attention class GPT2Attention is not in the tables"),
-        ("peft.Embedding", "lora", "its class is not in the tables"),
+        ("peft.Conv1d", "lora", "its class is not in the tables"),
     }
     assert "left alone because attention class GPT2Attention is not in the tables" in str(report)
     assert model.config._attn_implementation == "sdpa"
@@ -99,10 +103,9 @@ def test_argument_errors() -> None:
 
 def test_strict_raises_and_changes_nothing() -> None:
     model = make_lora(make_llama(), target_modules=["q_proj", "embed_tokens"])
+    model.base_model.model.model.embed_tokens.merge()
     before = classes_and_configs(model)
-    with pytest.raises(
-        ValueError, match=r"^patch: all modules must be .*: 1 peft.Embedding because its class is not in"
-    ):
+    with pytest.raises(ValueError, match=r"^patch: all modules must be .*: 1 peft.Embedding because its adapter is m"):
         patch(model, strict=True)
     assert classes_and_configs(model) == before
     assert patch(model, ops=["attention"], strict=True).left_alone == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +13,20 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from stock import (
+    assert_close,
     assert_follows,
     assert_same,
+    bert_batch,
+    llama_batch,
+    make_bert,
+    make_llama,
     make_lora,
+    run,
 )
 from torch import Tensor, nn
 
 from fusetune.nn.lora import LoraLinear
+from fusetune.ops.philox import draw_seed, keep_mask, kept_scale
 from fusetune.patching import patch, unpatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,6 +86,231 @@ def test_lora_layer_options() -> None:
     assert_fast(lora_layer(base=transformers.pytorch_utils.Conv1D(16, 24), fan_in_fan_out=True), x)
 
 
+def test_lora_layer_bias() -> None:
+    x = torch.randn(4, 24)
+    assert_fast(lora_layer(lora_bias=True), x)
+    with pytest.warns(peft.utils.warning.PeftWarning, match="no bias"):
+        model = lora_layer(lora_bias=True, base=nn.Linear(24, 16, bias=False), lora_alpha=3)
+    assert_fast(model, x)
+
+
+def test_dora_layer_options() -> None:
+    x = torch.randn(4, 24)
+    assert_fast(lora_layer(use_dora=True), x)
+    assert_fast(lora_layer(use_dora=True, base=nn.Linear(24, 16, bias=False)), torch.randn(2, 3, 24))
+    assert_fast(lora_layer(use_dora=True, r=1, use_rslora=True, lora_alpha=3), x)
+    conv1d = transformers.pytorch_utils.Conv1D(16, 24)
+    assert_fast(lora_layer(use_dora=True, base=conv1d, fan_in_fan_out=True), x)
+
+
+class SeededDropout(nn.Dropout):
+    """PEFT's dropout with the masks of fusetune's generator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        seed = int(draw_seed(x.device))
+        rows = torch.arange(x.numel() // x.shape[-1]).view(x.shape[:-1])
+        return x * keep_mask(seed, rows, x.shape[-1], self.p) * kept_scale(self.p)
+
+
+def seed_dropout(model: nn.Module) -> Any:
+    """A copy of a PEFT model with masks that a patched one draws too."""
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        if isinstance(layer, peft.tuners.lora.Linear):
+            for name, dropout in layer.lora_dropout.items():
+                if type(dropout) is nn.Dropout:
+                    layer.lora_dropout[name] = SeededDropout(dropout.p).train(dropout.training)
+    return model
+
+
+@pytest.mark.parametrize("kind", [{}, {"lora_bias": True}, {"use_dora": True}], ids=["LoRA", "lora_bias", "DoRA"])
+def test_dropout_is_where_peft_has_it(kind: dict[str, bool]) -> None:
+    model, x = lora_layer(lora_dropout=0.4, **kind), torch.randn(30, 24)
+    stock = seed_dropout(model)
+    patch(model, strict=True)
+    assert_follows(forward_backward(model, x), forward_backward(stock, x))
+    layer, stock_layer = (m.base_model.model[0] for m in (model, stock))
+    for change in (
+        lambda m: m.eval(),
+        lambda m: m.lora_dropout.train(),  # of a layer that is not in training: DoRA goes by the layer
+        lambda m: (m.train(), m.lora_dropout.eval()),
+    ):
+        change(layer)
+        change(stock_layer)
+        assert_follows(forward_backward(model, x), forward_backward(stock, x))
+
+
+@pytest.mark.parametrize("frozen", ["", "default", "b"])
+def test_several_active_adapters(frozen: str) -> None:
+    """Of different ranks, scales and dropouts, the last with masks of their own."""
+    model = lora_layer(lora_dropout=0.4, lora_alpha=3, lora_bias=True)
+    add_active(model, r=7, lora_dropout=0.2, use_rslora=True)
+    for name, p in model.named_parameters():
+        if frozen and f".{frozen}." in name:
+            p.requires_grad_(False)
+    x, stock = torch.randn(30, 24), seed_dropout(model)
+    patch(model, strict=True)
+    y, grads = forward_backward(model, x)
+    assert_follows((y, grads), forward_backward(stock, x))
+    assert len(grads) == 1 + 5 - {"": 0, "default": 3, "b": 2}[frozen]
+    model.base_model.set_adapter("b")
+    stock.base_model.set_adapter("b")
+    assert_follows(forward_backward(model, x), forward_backward(stock, x))
+    model.eval()
+    stock.eval()
+    assert_follows(forward_backward(model, x), forward_backward(stock, x))
+
+
+def test_dora_leaves_no_trace_and_merges() -> None:
+    model = lora_layer(use_dora=True)
+    names, x = set(model.state_dict()), torch.randn(4, 24)
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    patch(model, strict=True)
+    y, _ = forward_backward(model, x)
+    assert set(model.state_dict()) == names
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    clone = pickle.loads(pickle.dumps(model))
+    for change in (lambda m: m.merge_adapter(), lambda m: m.unmerge_adapter()):
+        for each in (model, clone):
+            change(each)
+            assert_close(each(x), y)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):  # norms follow the weights
+        stock = copy.deepcopy(model)
+        unpatch(stock)
+        assert_follows(forward_backward(model, x), forward_backward(stock, x))
+        optimizer.step()
+
+
+EMBEDDINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "rsLoRA": ({}, {"use_rslora": True, "lora_alpha": 3}),
+    "padding_idx": ({"padding_idx": 3}, {}),
+    "scale_grad_by_freq": ({"scale_grad_by_freq": True}, {}),
+    "max_norm": ({"max_norm": 0.5}, {}),
+}
+
+
+def embedding_layer(dtype: torch.dtype = torch.float32, base: nn.Module | None = None, **config: Any) -> Any:
+    torch.manual_seed(0)
+    return make_lora(nn.Sequential(base or nn.Embedding(11, 16)).to(dtype), target_modules=["0"], **config)
+
+
+def assert_embedding_fast(model: Any, ids: Tensor, stock: Any) -> None:
+    assert [e.replaced_by for e in patch(model, strict=True).replaced] == ["fusetune.nn.lora.LoraEmbedding"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        expected = forward_backward(stock, ids)
+        monkeypatch.setattr(peft.tuners.lora.Embedding, "forward", None)
+        ours = forward_backward(model, ids)
+    for _, grads in (expected, ours):
+        del grads["x"]
+    assert_follows(ours, expected)
+
+
+@pytest.mark.parametrize("case", EMBEDDINGS)
+@pytest.mark.parametrize("shape", [(), (5,), (2, 7), (2, 0)], ids=str)
+def test_embedding(case: str, shape: tuple[int, ...]) -> None:
+    options, config = EMBEDDINGS[case]
+    model = embedding_layer(base=nn.Embedding(11, 16, **options), **config)
+    assert_embedding_fast(model, torch.randint(0, 11, shape), copy.deepcopy(model))
+
+
+def test_embedding_with_two_active_adapters_and_a_trained_base() -> None:
+    model = add_active(embedding_layer())
+    assert_embedding_fast(copy.deepcopy(model), torch.randint(0, 11, (3, 4)), copy.deepcopy(model))
+    model.base_model.model[0].base_layer.weight.requires_grad_(True)
+    assert_embedding_fast(model, torch.randint(0, 11, (3, 4)), copy.deepcopy(model))
+
+
+def test_embedding_that_scales() -> None:
+    base = transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding(11, 16, 0, embed_scale=3.5)
+    model = embedding_layer(base=base)
+    assert_embedding_fast(model, torch.randint(0, 11, (3, 4)), copy.deepcopy(model))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_embedding_in_bfloat16(autocast: bool) -> None:
+    """float32 adapters on a bfloat16 base, or all in float32 under autocast."""
+    model = embedding_layer(torch.float32 if autocast else torch.bfloat16)
+    assert model.base_model.model[0].lora_embedding_A["default"].dtype == torch.float32
+    ids = torch.randint(0, 11, (30,))
+    exact = forward_backward(copy.deepcopy(model).double(), ids)
+
+    def results() -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return forward_backward(model, ids)
+
+    stock = results()
+    patch(model, strict=True)
+    ours = results()
+    assert ours[0].dtype == stock[0].dtype
+    for actual, expected, truth in [(ours[0], stock[0], exact[0])] + [
+        (g, stock[1][n], exact[1][n]) for n, g in ours[1].items() if n != "x"
+    ]:
+        assert actual.dtype == expected.dtype
+        floor = torch.finfo(actual.dtype).eps * truth.norm()
+        assert (actual - truth).norm() <= 2 * (expected - truth).norm() + floor
+
+
+EMBEDDING_FALL_THROUGH: dict[str, tuple[dict[str, Any], Callable[[Any], Any], str]] = {
+    "disabled": ({}, lambda m: m.base_model.disable_adapter_layers(), "its adapters are disabled"),
+    "merged": ({}, lambda m: m.merge_adapter(), "its adapter is merged"),
+    "none active": ({}, lambda m: m.base_model.model[0].set_adapter([]), "none of its adapters is active"),
+    "DoRA": ({"use_dora": True}, lambda m: None, "its adapter is of the kind DoraEmbeddingVariant"),
+    "split": (
+        {},
+        lambda m: m.base_model.model[0].input_fns.update(default=lambda inputs: inputs[0]),
+        "its adapter is split over devices",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EMBEDDING_FALL_THROUGH)
+def test_embedding_that_is_left_to_peft(case: str) -> None:
+    config, change, reason = EMBEDDING_FALL_THROUGH[case]
+    ids, later, stock = torch.randint(0, 11, (3, 4)), embedding_layer(**config), embedding_layer(**config)
+    patch(later)
+    for model in (later, stock):
+        change(model)
+    expected, ours = forward_backward(stock, ids), forward_backward(later, ids)
+    for _, grads in (expected, ours):
+        grads.pop("x", None)
+    assert_same(ours, expected)
+    assert [e.reason for e in patch(later).left_alone] == [reason]
+    assert type(later.base_model.model[0]) is peft.tuners.lora.Embedding
+
+
+def test_embedding_call_that_is_left_to_peft() -> None:
+    model, ids = embedding_layer().eval(), torch.randint(0, 11, (3, 4))
+    names = ["default", "__base__", "default"]
+    expected = model(ids, adapter_names=names)
+    patch(model, strict=True)
+    assert torch.equal(model(ids, adapter_names=names), expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_head_and_embedding_of_a_language_model(tied: bool) -> None:
+    model = make_lora(make_llama(tie_word_embeddings=tied), target_modules=["embed_tokens", "lm_head", "q_proj"])
+    stock = run(model, llama_batch("right"))
+    report = patch(model, ops=["lora"], strict=True)
+    assert {(e.replaced_by, e.count) for e in report.replaced} == {
+        ("fusetune.nn.lora.LoraEmbedding", 1),
+        ("fusetune.nn.lora.LoraLinear", 3),
+    }
+    assert_follows(run(model, llama_batch("right")), stock)
+
+
+def test_modules_to_save_are_trained_as_before() -> None:
+    model = make_lora(make_bert(), target_modules=["query"], modules_to_save=["classifier"])
+    stock = run(model, bert_batch())
+    patch(model, strict=True)
+    ours = run(model, bert_batch())
+    assert any("modules_to_save" in name for name in ours[1])
+    assert_follows(ours, stock)
+
+
 def test_lora_layer_without_tokens() -> None:
     model = lora_layer()
     patch(model)
@@ -86,13 +319,14 @@ def test_lora_layer_without_tokens() -> None:
     assert all(g.count_nonzero() == 0 for g in grads.values())
 
 
+@pytest.mark.parametrize("kind", [{}, {"lora_bias": True}, {"use_dora": True}], ids=["LoRA", "lora_bias", "DoRA"])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("autocast_adapter_dtype", [False, True])
-def test_lora_layer_in_bfloat16(autocast: bool, autocast_adapter_dtype: bool) -> None:
+def test_lora_layer_in_bfloat16(kind: dict[str, bool], autocast: bool, autocast_adapter_dtype: bool) -> None:
     """As exact as PEFT, up to twice its error, and of the same dtypes; adapters are float32 or bfloat16."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(24, 16)).to(torch.float32 if autocast else torch.bfloat16)
-    config = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    config = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False, **kind)
     model = get_peft_model(net, config, autocast_adapter_dtype=autocast_adapter_dtype)
     x = torch.randn(40, 24, dtype=torch.float32 if autocast else torch.bfloat16)
     exact = forward_backward(copy.deepcopy(model).double(), x.double())
@@ -125,9 +359,38 @@ def test_lora_dropout() -> None:
     assert_follows(evaluated, forward_backward(model, x))
 
 
-def _two_active(model: Any) -> None:
-    model.add_adapter("b", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+def add_active(model: Any, **config: Any) -> Any:
+    """Another adapter, active beside the first."""
+    torch.manual_seed(4)
+    model.add_adapter("b", LoraConfig(**{"r": 2, "target_modules": ["0"], "init_lora_weights": False, **config}))
     model.base_model.set_adapter(["default", "b"])
+    return model
+
+
+def _none_active(model: Any) -> None:
+    model.base_model.model[0].set_adapter([])
+
+
+def _two_active_of_two_dtypes(model: Any) -> None:
+    add_active(model)
+    layer = model.base_model.model[0]
+    layer.lora_A["b"].bfloat16()
+    layer.lora_B["b"].bfloat16()
+
+
+def _bias_on_A(model: Any) -> None:
+    layer = model.base_model.model[0]
+    layer.lora_A["default"].bias = nn.Parameter(torch.ones(4))
+
+
+def _bias_on_B(model: Any) -> None:  # which LoraConfig refuses beside DoRA
+    layer = model.base_model.model[0]
+    layer.lora_B["default"].bias = nn.Parameter(torch.ones(16))
+
+
+def _hook_on_magnitude(model: Any) -> None:
+    layer = model.base_model.model[0].lora_magnitude_vector["default"]
+    layer.register_forward_hook(lambda module, inputs, output: output * 1.5)
 
 
 def _base_trained(model: Any) -> None:
@@ -166,9 +429,30 @@ def _bfloat16_adapters(model: Any) -> None:
 FALL_THROUGH: dict[str, tuple[dict[str, Any], Callable[[Any], Any], str]] = {
     "disabled": ({}, lambda m: m.base_model.disable_adapter_layers(), "its adapters are disabled"),
     "merged": ({}, lambda m: m.merge_adapter(), "its adapter is merged"),
-    "two active": ({}, _two_active, "2 of its adapters are active, not one"),
-    "DoRA": ({"use_dora": True}, lambda m: None, "its adapter is of the kind DoraLinearVariant"),
-    "lora_bias": ({"lora_bias": True}, lambda m: None, "its adapter has a bias"),
+    "none active": ({}, _none_active, "none of its adapters is active"),
+    "two dtypes": (
+        {},
+        _two_active_of_two_dtypes,
+        "its weights are float32, float32, float32, bfloat16, bfloat16",
+    ),
+    "LoRA beside DoRA": (
+        {"use_dora": True},
+        add_active,
+        "2 of its adapters are active, and not all without DoRA",
+    ),
+    "two DoRA": (
+        {"use_dora": True},
+        lambda m: add_active(m, use_dora=True),
+        "2 of its adapters are active, and not all without DoRA",
+    ),
+    "DoRA with bias": ({"use_dora": True}, _bias_on_B, "its adapter has a bias beside DoRA"),
+    "hook on magnitude": (
+        {"use_dora": True},
+        _hook_on_magnitude,
+        "a module inside of it has hooks or a replaced forward",
+    ),
+    "bias on A": ({}, _bias_on_A, "its adapter has a bias"),
+    "aLoRA": ({"alora_invocation_tokens": [1, 2]}, lambda m: None, "its adapter is of the kind ALoraLinearVariant"),
     "base class": ({"base": _Doubling(24, 16)}, lambda m: None, "its base layer is _Doubling, not Linear or Conv1D"),
     "base trained": ({}, _base_trained, "its base weight is trained"),
     "hook on base": ({}, _hook("base"), "a module inside of it has hooks or a replaced forward"),

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from fusetune._native import DTYPES
-from fusetune.kernels import adamw, device, flash_attention, lora, quantize
+from fusetune.kernels import adamw, device, dora, flash_attention, lora, quantize
 
 # Of the AMD code object: registers with the accumulation registers, and bytes of scratch memory a thread.
 HIP_METADATA = ("vgpr_count", "private_segment_fixed_size")
@@ -52,6 +52,15 @@ def lora_case(
         for tile in lora.linear_tiles(x.device):
             lora.linear(x, w, s, b.t(), bias, dy, 2.0, 0.0, None, tile)
             lora.linear(dy, w.t(), s, a, None, x, 1.0, p, seed[:1], tile)
+
+
+def dora_case(dtype: torch.dtype, adapter: torch.dtype, M: int, K: int, N: int, R: int) -> None:
+    x, w, y = torch.empty(M, K, dtype=dtype), torch.empty(N, K, dtype=dtype), torch.empty(M, N, dtype=dtype)
+    g = torch.empty(N)
+    dora.norm(w, torch.empty(R, K, dtype=adapter), torch.empty(N, R, dtype=adapter), g, 2.0)
+    dora.forward(y, g, g, y, y)
+    dora.backward(y, y, g, y, g, g)
+    dora.dropout(x, x, 0.1, torch.zeros(1, dtype=torch.int64))
 
 
 def attention_case(
@@ -95,6 +104,9 @@ def cases() -> dict[str, Callable[[], None]]:
             found[f"lora {name}{mixed}, R={R}, dropout of two masks"] = lambda d=dtype, a=adapter, R=R: lora_case(
                 d, a, 2048, 1024, 768, 2 * R, 0.1, 2
             )
+        for adapter in dict.fromkeys([dtype, torch.float32]):
+            mixed = "" if adapter is dtype else f", {short[adapter]} adapter"
+            found[f"dora {name}{mixed}"] = lambda d=dtype, a=adapter: dora_case(d, a, 2048, 1024, 768, 16)
         for D in (64, 128, 256):
             found[f"attention {name}, D={D}, causal"] = lambda d=dtype, D=D: attention_case(
                 d, 2, 8, 2, 1024, D, True, False, 0.0
@@ -108,6 +120,7 @@ def cases() -> dict[str, Callable[[], None]]:
         found[f"adamw {name}, amsgrad, unaligned"] = lambda d=dtype: adamw_case(d, True, False)
     # Sizes of one become constants of the kernel.
     found["lora fp32, sizes of one"] = lambda: lora_case(torch.float32, torch.float32, 1, 1, 1, 1, 0.0)
+    found["dora fp32, sizes of one"] = lambda: dora_case(torch.float32, torch.float32, 1, 1, 1, 1)
     found["attention fp32, sizes of one"] = lambda: attention_case(torch.float32, 1, 1, 1, 1, 1, True, False, 0.0)
     return found
 

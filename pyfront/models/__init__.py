@@ -1,4 +1,6 @@
-"""Which classes are replaced by what: one table per family, as data. fusetune.patching reads them."""
+"""Which classes are replaced by what, and which layers share their input: one table per family, as data.
+
+fusetune.patching reads them."""
 
 from __future__ import annotations
 
@@ -17,3 +19,4 @@ class Row(NamedTuple):
 
 # By the qualified name of the class. A subclass is another class: it may have another forward.
 ROWS = {name: Row(*row) for table in (bert.TABLE, llama.TABLE, peft.TABLE) for name, row in table.items()}
+SHARED_INPUT = {**bert.SHARED_INPUT, **llama.SHARED_INPUT}

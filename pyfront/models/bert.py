@@ -12,3 +12,13 @@ TABLE = {
     "transformers.models.electra.modeling_electra.ElectraSelfAttention": _ATTENTION,
     "transformers.models.electra.modeling_electra.ElectraCrossAttention": _ATTENTION,
 }
+
+_QKV = ("query", "key", "value")
+
+# Layers of a class that it calls with one and the same input, once each; cross attention has two inputs.
+SHARED_INPUT = {
+    "transformers.models.bert.modeling_bert.BertSelfAttention": _QKV,
+    "transformers.models.roberta.modeling_roberta.RobertaSelfAttention": _QKV,
+    "transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaSelfAttention": _QKV,
+    "transformers.models.electra.modeling_electra.ElectraSelfAttention": _QKV,
+}

@@ -2,4 +2,9 @@
 
 TABLE = {
     "peft.tuners.lora.layer.Linear": ("lora", "fusetune.nn.lora.LoraLinear", "fusetune.nn.lora.why_not"),
+    "peft.tuners.lora.layer.Embedding": (
+        "lora",
+        "fusetune.nn.lora.LoraEmbedding",
+        "fusetune.nn.lora.why_not_embedding",
+    ),
 }

@@ -1,6 +1,7 @@
 """Functional ops. `<op>_reference` is the same in plain torch: the oracle of the tests, and the specification."""
 
 from fusetune.ops.adamw import adamw_step, adamw_step_reference
+from fusetune.ops.dora import dora_linear, dora_linear_reference
 from fusetune.ops.flash_attention import flash_attention, flash_attention_reference
 from fusetune.ops.lora import (
     Adapter,
@@ -26,6 +27,8 @@ __all__ = [
     "adamw_step_reference",
     "dequantize",
     "dequantize_reference",
+    "dora_linear",
+    "dora_linear_reference",
     "flash_attention",
     "flash_attention_reference",
     "lora_linear",

@@ -215,19 +215,26 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(x, s, seeds, *w, *a, *b)
         ctx.options = formats, counts, scales, dropout_ps, fast
         ctx.bias_dtypes = [None if t is None else t.dtype for t in bias]
+        ctx.set_materialize_grads(False)  # a result that is not used leaves its adapters without gradients
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, s, seeds, *tensors = ctx.saved_tensors
         formats, counts, scales, dropout_ps, fast = ctx.options
         P, A = len(counts), len(scales)
         w, a, b = tensors[: 3 * P], tensors[3 * P : 3 * P + A], tensors[3 * P + A :]
         needs_dx, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         _, needs_dbias, needs_da, needs_db = _split(needs, counts)
+        dys = [x.new_zeros(x.shape[0], N) if dy is None else dy for dy, N in zip(grads, formats[::2], strict=True)]
+        for i, dy in enumerate(grads):
+            if dy is None:
+                needs_dbias[i] = False
+                adapters = slice(sum(counts[:i]), sum(counts[: i + 1]))
+                needs_da[adapters] = needs_db[adapters] = [False] * counts[i]
         dx, da, db = _lora_backward(
-            x, list(dys), w, a, b, s, formats, counts, scales, dropout_ps, seeds, fast, needs_dx, needs_da, needs_db
+            x, dys, w, a, b, s, formats, counts, scales, dropout_ps, seeds, fast, needs_dx, needs_da, needs_db
         )
         wanted = zip(dys, ctx.bias_dtypes, needs_dbias, strict=True)
         return (
