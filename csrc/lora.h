@@ -61,7 +61,7 @@ using LoraForward = void(const void* x,  // [M, K], rows x_row elements apart
                          int dtype,          // of x
                          int adapter_dtype,  // of every a and b
                          int y_dtype,
-                         int fast,  // whether adapters may be rounded to dtype
+                         bool fast,  // whether adapters may be rounded to dtype
                          int threads);
 FUSETUNE_LAUNCHER(LoraForward, lora_forward)
 
@@ -71,7 +71,7 @@ using LoraBackward = void(const void* x, const float* s,
                           const int64_t* projections, int64_t projection_count, int64_t M, int64_t K, int64_t x_row,
                           int dtype,          // of x and dy
                           int adapter_dtype,  // of every a, b, da, db
-                          int dx_dtype, int fast, int threads);
+                          int dx_dtype, bool fast, int threads);
 FUSETUNE_LAUNCHER(LoraBackward, lora_backward)
 
 }  // namespace cpu

@@ -2,9 +2,9 @@
 
 Three products make both passes, with the mask D of the dropout where the contract has it:
 
-    down    out [M, R] = factor (t . D) w^T            s from x, a;    ds from dy, b^T
-    up      out [M, C] += bias + factor (t w) . D      y from s, b^T;   dx from ds, a
-    outer   out [R, C] = factor t^T (u . D)            da from ds, x;  db^T from s, dy
+    down    out [M, R]    = factor (t . D) w^T            s from x, a;    ds from dy, b^T
+    up      out [M, C] (+)= bias + factor (t w) . D       y from s, b^T;  dx from ds, a
+    outer   out [R, C]    = factor t^T (u . D)            da from ds, x;  db^T from s, dy
 
 `linear` is `up` and the product with the frozen weight in one: the accumulator starts as the low-rank product.
 

@@ -69,7 +69,9 @@ class PatchReport:
         return "\n".join(lines)
 
 
-def patch(model: nn.Module, *, ops: Iterable[str] | None = None, strict: bool = False) -> PatchReport:
+def patch(
+    model: nn.Module, *, ops: Iterable[str] | None = None, strict: bool = False, compute: str = "match"
+) -> PatchReport:
     """Replaces what the kernels can compute in `model`, in place; `unpatch` undoes it exactly.
 
     Only this model changes; its parameters, their names and what it saves stay as they are. Call it again after adding
@@ -79,16 +81,20 @@ def patch(model: nn.Module, *, ops: Iterable[str] | None = None, strict: bool = 
         model: a transformers model, a PEFT model, or any module that contains some.
         ops: what to replace, among "attention" and "lora"; by default all.
         strict: whether a module of these ops that must be left alone is an error.
+        compute: "fast" lets LoRA round float32 adapters to the 16-bit type of its input (`fusetune.ops.lora_linear`).
 
     Returns:
         What is replaced now, and what is left alone and why.
 
     Raises:
         TypeError: `model` is not a module, or `ops` not a list of names.
-        ValueError: an unknown name in `ops`; with `strict`, a module that must be left alone. Nothing is changed then.
+        ValueError: an unknown name in `ops`, or `compute`; with `strict`, a module that must be left alone. Nothing is
+            changed then.
     """
     _check_module("patch", model)
     names = _check_ops(ops)
+    if compute not in ("match", "fast"):
+        raise ValueError(f"patch: compute must be 'match' or 'fast', got {compute!r}")
     plan = [*_plan_attention(model, names), *_plan_classes(model, names)]
     blocks = list(_plan_blocks(model, plan))
     fates = Counter([*(step.fate() for step in plan), *(block.fate() for block in blocks)])
@@ -100,6 +106,7 @@ def patch(model: nn.Module, *, ops: Iterable[str] | None = None, strict: bool = 
         if step.row is not None and step.op != "attention":
             stock = _stock_class(step.module)
             step.module.__class__ = stock if step.reason else pkgutil.resolve_name(step.row.replaced_by)
+            _set_compute(step.module, "match" if step.reason else compute)
     if "lora" in names:
         _unshare_input(model)
     for block in blocks:
@@ -121,12 +128,15 @@ def unpatch(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is not (stock := _stock_class(module)):
             module.__class__ = stock
+            _set_compute(module, "match")
     _unshare_input(model)
     _restore_configs(list(model.modules()))
 
 
 @contextmanager
-def patched(model: nn.Module, *, ops: Iterable[str] | None = None, strict: bool = False) -> Iterator[PatchReport]:
+def patched(
+    model: nn.Module, *, ops: Iterable[str] | None = None, strict: bool = False, compute: str = "match"
+) -> Iterator[PatchReport]:
     """`with patched(model) as report:` patches for the length of the block; a model patched before stays patched.
 
     Arguments and errors are those of `patch`.
@@ -134,7 +144,7 @@ def patched(model: nn.Module, *, ops: Iterable[str] | None = None, strict: bool 
     _check_module("patched", model)
     before = any(type(m) is not _stock_class(m) or _SWITCH in vars(m) for m in model.modules())
     try:
-        yield patch(model, ops=ops, strict=strict)
+        yield patch(model, ops=ops, strict=strict, compute=compute)
     finally:
         if not before:
             unpatch(model)
@@ -236,6 +246,12 @@ def _plan_blocks(model: nn.Module, plan: list[_Step]) -> Iterator[_Block]:
         names = tuple(name for name in candidates if id(getattr(module, name, None)) in layers)
         if len(names) > 1:
             yield _Block(module, names, layers[id(getattr(module, names[0]))].backend)
+
+
+def _set_compute(module: nn.Module, compute: str) -> None:
+    vars(module).pop("_fusetune_compute", None)
+    if compute != "match":
+        vars(module)["_fusetune_compute"] = compute
 
 
 def _unshare_input(model: nn.Module) -> None:

@@ -25,6 +25,7 @@ from stock import (
 )
 from torch import Tensor, nn
 
+import fusetune
 from fusetune.nn.lora import LoraLinear
 from fusetune.ops.philox import draw_seed, keep_mask, kept_scale
 from fusetune.patching import patch, unpatch
@@ -509,3 +510,24 @@ def test_lora_call_that_is_left_to_peft() -> None:
         model(x)
     layer.cast_input_dtype_enabled = True
     assert model(x).dtype == torch.bfloat16
+
+
+def test_compute_is_what_patch_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora_layer(dtype=torch.bfloat16)
+    layer = model.base_model.model[0]
+    asked = []
+    real = fusetune.ops.lora_linear_group
+    monkeypatch.setattr(
+        "fusetune.ops.lora_linear_group", lambda *args, compute: asked.append(compute) or real(*args, compute=compute)
+    )
+    x = torch.randn(3, 24).bfloat16()
+    for options, compute in (({"compute": "fast"}, "fast"), ({}, "match")):
+        patch(model, **options)
+        copy.deepcopy(model)(x)
+        assert asked.pop() == compute
+    patch(model, compute="fast")
+    unpatch(model)
+    assert not [name for name in vars(layer) if "fusetune" in name]
+    with pytest.raises(ValueError, match=r"^patch: compute must be 'match' or 'fast', got 'slow'"):
+        patch(model, compute="slow")
+    assert type(layer) is peft.tuners.lora.Linear

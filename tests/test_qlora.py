@@ -7,10 +7,12 @@ import json
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_quantize import FORMATS, assert_same
 from torch import nn
 
+import fusetune
 from fusetune import ops
 from fusetune.finetune import UserError, main
 from fusetune.nn.quantize import (
@@ -427,3 +429,68 @@ def test_a_checkpoint_that_is_quantised_already(data, tmp_path, monkeypatch):
         UserError, match="quantized by bitsandbytes, which must be installed; `pip install bitsandbytes`"
     ):
         main(**job(data, tmp_path / "out", model=str(folder)))
+
+
+# Patched
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["nf4", "int8", "bitsandbytes"])
+def test_patched_layer_is_one_op_and_follows_peft(bnb, kind, dtype, monkeypatch):
+    torch.manual_seed(0)
+    linear = nn.Linear(128, 40)
+    base = bnb_layer(bnb, "nf4", linear) if kind == "bitsandbytes" else QuantizedLinear.from_linear(linear, kind)
+    model = nn.Sequential(base)
+    model.is_loaded_in_4bit = kind == "bitsandbytes"  # as transformers says it: the layer is PEFT's for bitsandbytes
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["0"], init_lora_weights=False, lora_dropout=0.0))
+    x = torch.randn(6, 128, dtype=dtype, requires_grad=True)
+
+    def step(model):
+        y = model(x)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        return {"y": y, **dict(zip(["x", *trained], torch.autograd.grad(y.sum(), [x, *trained.values()]), strict=True))}
+
+    stock = step(model)
+    before = {name: t.clone() for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    report = fusetune.patch(model, strict=True)
+    assert [entry.backend for entry in report.replaced] == ["cpu"]
+    monkeypatch.setattr(type(base), "forward", None)  # the op reads the weight without calling the layer
+    ours = step(model)
+    monkeypatch.undo()
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == FP32 else {"rtol": 2e-2, "atol": 2e-2}
+    for name in stock:
+        assert ours[name].dtype == stock[name].dtype, name
+        torch.testing.assert_close(ours[name], stock[name], **tolerance)
+    fusetune.unpatch(model)
+    assert_same([step(model)["y"]], [stock["y"]])
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items() if name in before)
+
+
+def test_quantised_layers_that_are_left_to_peft(bnb):
+    def reasons(base, **config):
+        model = get_peft_model(nn.Sequential(base), LoraConfig(r=4, target_modules=["0"], **config))
+        return [entry.reason for entry in fusetune.patch(model).left_alone]
+
+    quantized = QuantizedLinear.from_linear(nn.Linear(128, 40))
+    assert reasons(quantized, use_dora=True) == ["its base layer is quantised, beside DoRA"]
+    fp4 = bnb.nn.Linear4bit(128, 40, quant_type="fp4")
+    fp4.load_state_dict(nn.Linear(128, 40).state_dict())
+    assert reasons(fp4.to("cpu")) == ["its weight is in fp4, not NF4"]
+    assert reasons(bnb_layer(bnb, "int8", nn.Linear(128, 40))) == [
+        "its base layer is Linear8bitLt, not Linear or Conv1D"
+    ]
+
+
+def test_layers_of_bitsandbytes_that_compute_in_another_dtype_are_called(bnb):
+    base = bnb_layer(bnb, "nf4", nn.Linear(128, 40))
+    base.compute_dtype, base.compute_type_is_set = torch.bfloat16, True
+    model = get_peft_model(nn.Sequential(base), LoraConfig(r=4, target_modules=["0"], init_lora_weights=False))
+    x = torch.randn(6, 128, requires_grad=True)
+    stock = model(x)
+    fusetune.patch(model, strict=True)
+    assert torch.equal(model(x), stock)
+    base.compute_dtype, base.compute_type_is_set = None, False
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = model(x)
+        fusetune.unpatch(model)
+        assert torch.equal(ours, model(x))

@@ -515,7 +515,7 @@ void backward(const Source& x, const float* s, void* dx0, const Call& call, int6
 }
 
 // Whether bfloat16 products give what is asked for: of bfloat16 adapters, or of such as may be rounded.
-bool takes_pairs(int dtype, int adapter_dtype, int fast) {
+bool takes_pairs(int dtype, int adapter_dtype, bool fast) {
   return kDotBFloat16 && dtype == kBFloat16 && (fast || adapter_dtype == kBFloat16);
 }
 
@@ -523,7 +523,7 @@ bool takes_pairs(int dtype, int adapter_dtype, int fast) {
 
 void lora_forward(const void* x, float* s, const int64_t* adapters, const double* factors, int64_t adapter_count,
                   const int64_t* projections, int64_t projection_count, int64_t M, int64_t K, int64_t x_row, int dtype,
-                  int adapter_dtype, int y_dtype, int fast, int threads) {
+                  int adapter_dtype, int y_dtype, bool fast, int threads) {
   const Call call(adapters, factors, adapter_count, projections, projection_count);
   const auto run = takes_pairs(dtype, adapter_dtype, fast) ? forward<true> : forward<false>;
   run({x, dtype, x_row}, s, call, M, K, adapter_dtype, y_dtype, threads);
@@ -531,7 +531,7 @@ void lora_forward(const void* x, float* s, const int64_t* adapters, const double
 
 void lora_backward(const void* x, const float* s, void* dx0, const int64_t* adapters, const double* factors,
                    int64_t adapter_count, const int64_t* projections, int64_t projection_count, int64_t M, int64_t K,
-                   int64_t x_row, int dtype, int adapter_dtype, int dx_dtype, int fast, int threads) {
+                   int64_t x_row, int dtype, int adapter_dtype, int dx_dtype, bool fast, int threads) {
   const Call call(adapters, factors, adapter_count, projections, projection_count);
   const auto run = takes_pairs(dtype, adapter_dtype, fast) ? backward<true> : backward<false>;
   run({x, dtype, x_row}, s, dx0, call, M, K, adapter_dtype, dx_dtype, threads);

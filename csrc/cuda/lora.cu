@@ -147,8 +147,8 @@ __device__ void stage(const Matrix<const T>& m, int64_t row0, int64_t col0, Put 
 
 // tile = m from [row0, col0] on, dropped elements zeroed where there is a mask.
 template <class T, int kHeight, int kWidth, bool kByDepth, class Source>
-__device__ void stage(Tile<T, kHeight, kWidth, kByDepth>& tile, const Matrix<const Source>& m, int64_t row0, int64_t col0,
-                      const Mask* mask = nullptr) {
+__device__ void stage(Tile<T, kHeight, kWidth, kByDepth>& tile, const Matrix<const Source>& m, int64_t row0,
+                      int64_t col0, const Mask* mask = nullptr) {
   stage<kHeight, kWidth>(m, row0, col0, [&](int r, int c, Eight<Source>& v) {
     if (mask) mask->apply(r, c, v);
     tile.eight(r, c) = convert<T>(v);
@@ -317,8 +317,8 @@ struct MmaProduct {
 
 // Of wide tiles of X, or of narrow ones where X is float, with W.
 template <class X, class W, int I, int J>
-using Product = std::conditional_t<std::is_same_v<W, float>, Tf32Product<I, J, !std::is_same_v<X, float>>,
-                                   MmaProduct<W, I, J>>;
+using Product =
+    std::conditional_t<std::is_same_v<W, float>, Tf32Product<I, J, !std::is_same_v<X, float>>, MmaProduct<W, I, J>>;
 
 template <class W, int kRank>
 struct DownTiles {
@@ -562,8 +562,8 @@ void lora_up(const float* t, const void* w, const void* bias, void* out, int64_t
     for (int64_t mask = 0; mask < ranks.masks; mask++, dropout.seed++)
       start("lora_up", up<X, W, rank>, ceil_div(M, kRows) * ceil_div(C, kCols), sizeof(UpTiles<W, rank>), stream,
             Matrix<const float>{t + mask * ranks.run, t_row, M, ranks.run}, adapter.ranks(mask * ranks.run, ranks.run),
-            Bias<X>::make(mask ? nullptr : bias, bias_dtype), Matrix<X>{(X*)out, out_row, M, C},
-            factor * dropout.scale, dropout, accumulate || mask);
+            Bias<X>::make(mask ? nullptr : bias, bias_dtype), Matrix<X>{(X*)out, out_row, M, C}, factor * dropout.scale,
+            dropout, accumulate || mask);
   });
 }
 
@@ -589,8 +589,8 @@ void lora_outer(const float* t, const void* u, void* out, float* workspace, int6
   });
   with_type(out_dtype, [&](auto z) {
     using Out = decltype(z);
-    const Strided<Out> result = by_rank ? Strided<Out>{(Out*)out, out_rank, out_col}
-                                        : Strided<Out>{(Out*)out, out_col, out_rank};
+    const Strided<Out> result =
+        by_rank ? Strided<Out>{(Out*)out, out_rank, out_col} : Strided<Out>{(Out*)out, out_col, out_rank};
     start("lora_outer", sum<Out>, ceil_div(C * R, kThreads), 0, stream, workspace, result, parts.count, C * R,
           by_rank ? C : R);
   });

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from fusetune import ops
 from fusetune._check import FLOATS
 from fusetune.backend import choose
+from fusetune.nn.quantize import quantized_weight
 
 
 class LoraLinear(Linear):
@@ -28,25 +29,31 @@ class LoraLinear(Linear):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or why_not(self, x) is not None:
-            return super().forward(x, *args, **kwargs)
-        projection = _projection(self)
-        for name in _dora(self):
-            ((a, b, scale, _),) = projection.adapters
-            # PEFT drops by the mode of the layer, where LoRA without DoRA goes by the mode of its dropout.
-            p = _dropout_p(self, name) if self.training else 0.0
-            magnitude = self.lora_magnitude_vector[name].weight
-            return ops.dora_linear(x, projection.w, a, b, magnitude, scale, projection.bias, p)
-        shared = None if torch.compiler.is_compiling() else getattr(_running, "shared", None)
-        y = shared.take(self, x) if shared else None
-        return ops.lora_linear_group(x, [projection])[0] if y is None else y
+        y = None if args or kwargs else fused(self, x)
+        return super().forward(x, *args, **kwargs) if y is None else y
 
 
-def why_not(layer: Linear, x: Tensor | None = None) -> str | None:
+def fused(layer: Any, x: Tensor) -> Tensor | None:
+    """The result of a layer for x by the ops, or None where PEFT must compute it."""
+    if why_not(layer, x) is not None:
+        return None
+    projection = _projection(layer)
+    for name in _dora(layer):
+        ((a, b, scale, _),) = projection.adapters
+        # PEFT drops by the mode of the layer, where LoRA without DoRA goes by the mode of its dropout.
+        p = _dropout_p(layer, name) if layer.training else 0.0
+        w: Any = projection.w
+        return ops.dora_linear(x, w, a, b, layer.lora_magnitude_vector[name].weight, scale, projection.bias, p)
+    shared = None if torch.compiler.is_compiling() else getattr(_running, "shared", None)
+    y = shared.take(layer, x) if shared else None
+    return ops.lora_linear_group(x, [projection], compute=_compute(layer))[0] if y is None else y
+
+
+def why_not(layer: Any, x: Tensor | None = None) -> str | None:
     """Why `layer` must be computed by PEFT now, or None.
 
     Args:
-        layer: a PEFT LoRA layer.
+        layer: a PEFT LoRA layer around a linear one.
         x: its input; without it, what depends on the input is not asked.
     """
     active = _active(layer)
@@ -59,7 +66,12 @@ def why_not(layer: Linear, x: Tensor | None = None) -> str | None:
     if variants and len(active) > 1:
         return f"{len(active)} of its adapters are active, and not all without DoRA"
     base: Any = layer.base_layer
-    if type(base) is not nn.Linear and type(base) is not Conv1D:
+    quantized = _is_quantized(base)
+    if quantized and variants:
+        return "its base layer is quantised, beside DoRA"
+    if quantized and (reason := _why_not_quantized(base, x)):
+        return reason
+    if not quantized and type(base) is not nn.Linear and type(base) is not Conv1D:
         return f"its base layer is {type(base).__name__}, not Linear or Conv1D"
     parts = [base]
     for name in active:
@@ -74,13 +86,17 @@ def why_not(layer: Linear, x: Tensor | None = None) -> str | None:
     # The ops read the weights of these modules without calling them.
     if any(map(_hooked, parts)):
         return "a module inside of it has hooks or a replaced forward"
-    if base.weight.requires_grad:
+    if not quantized and base.weight.requires_grad:
         return "its base weight is trained"
     weights = [weight for part in parts for weight in part.parameters(recurse=False)]
     for weight in weights:
-        if type(weight) is not nn.Parameter and type(weight) is not Tensor:
+        if (
+            type(weight) is not nn.Parameter
+            and type(weight) is not Tensor
+            and not (quantized and weight is base.weight)
+        ):
             return f"it has a weight of type {type(weight).__name__}"
-    device = base.weight.device if x is None else x.device
+    device = weights[-1].device if x is None else x.device
     try:
         for op in ("lora", "dora") if variants else ("lora",):
             choose(op, device)
@@ -112,8 +128,9 @@ def _why_not_now(layer: Linear | Embedding, active: Sequence[str]) -> str | None
 
 def _why_not_dtypes(layer: Linear, active: Sequence[str], x: Tensor | None) -> str | None:
     base: Any = layer.base_layer
+    quantized = _is_quantized(base)
     adapters = [p for name in active for part in (layer.lora_A, layer.lora_B) for p in part[name].parameters()]
-    dtype, cast = base.weight.dtype, False
+    dtype, cast = adapters[0].dtype if quantized else base.weight.dtype, False
     if x is not None:
         if x.dtype not in FLOATS:
             return f"its input is {_short(x.dtype)}"
@@ -123,13 +140,13 @@ def _why_not_dtypes(layer: Linear, active: Sequence[str], x: Tensor | None) -> s
             return "the cast of its input is disabled"
     if (
         dtype not in FLOATS
-        or base.weight.dtype not in (FLOATS if cast else (dtype,))
-        or (base.bias is not None and base.bias.dtype != base.weight.dtype)
+        or (not quantized and base.weight.dtype not in (FLOATS if cast else (dtype,)))
+        or (not quantized and base.bias is not None and base.bias.dtype != base.weight.dtype)
         or adapters[0].dtype not in (dtype, torch.float32)
         or any(p.dtype != adapters[0].dtype for p in adapters)
         or any(layer.lora_magnitude_vector[name].weight.dtype not in (dtype, torch.float32) for name in _dora(layer))
     ):
-        dtypes = ", ".join(_short(p.dtype) for p in (base.weight, *adapters))
+        dtypes = ", ".join(_short(p.dtype) for p in (*([] if quantized else [base.weight]), *adapters))
         return f"its weights are {dtypes}" + ("" if x is None else f" and it computes in {_short(dtype)}")
     return None
 
@@ -161,20 +178,45 @@ def _dropout_p(layer: Linear, name: str) -> float:
     return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 
 
-def _weight_of(base: Any) -> Tensor:
-    """The [N, K] weight of a layer that `why_not` takes, as the ops want it."""
-    return base.weight.t() if type(base) is Conv1D else base.weight
+def _is_quantized(base: nn.Module) -> bool:
+    # by name: bitsandbytes takes seconds to import
+    return f"{type(base).__module__}.{type(base).__qualname__}" in (
+        "fusetune.nn.quantize.QuantizedLinear",
+        "bitsandbytes.nn.modules.Linear4bit",
+    )
 
 
-def _projection(layer: Linear) -> ops.Projection:
-    base: Any = layer.base_layer
+def _why_not_quantized(base: Any, x: Tensor | None) -> str | None:
+    try:
+        quantized_weight(base)
+    except NotImplementedError as error:
+        return str(error)
+    # bitsandbytes' layer has a dtype to compute in, and gives x's also under autocast.
+    computes_in = getattr(base, "compute_dtype", None)
+    if x is not None and computes_in not in (None, x.dtype):
+        return f"its base layer computes in {_short(computes_in)}"
+    if x is not None and hasattr(base, "compute_dtype") and torch.is_autocast_enabled(x.device.type):
+        return "its base layer, of bitsandbytes, is called under autocast"
+    return None
+
+
+def _compute(layer: nn.Module) -> str:
+    """What patch() was told; see fusetune.ops.lora_linear."""
+    return str(vars(layer).get("_fusetune_compute", "match"))
+
+
+def _projection(layer: Any) -> ops.Projection:
+    base = layer.base_layer
+    w: Any = quantized_weight(base) if _is_quantized(base) else base.weight.t() if type(base) is Conv1D else base.weight
     bias, adapters = base.bias, []
+    if bias is not None and _is_quantized(base):
+        bias = bias.float()  # which the layers cast to x's dtype
     for name in _active(layer):
         down, up, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
         if up.bias is not None:  # float32, in which the sum is as exact as PEFT's
             bias = scale * up.bias.float() + (0 if bias is None else bias.float())
         adapters.append(ops.Adapter(down.weight, up.weight, scale, _dropout_p(layer, name)))
-    return ops.Projection(_weight_of(base), bias, adapters)
+    return ops.Projection(w, bias, adapters)
 
 
 class LoraEmbedding(Embedding):
@@ -189,7 +231,7 @@ class LoraEmbedding(Embedding):
             return super().forward(x, *args, **kwargs)
         y = self.base_layer(x)
         # Gemma scales what it looks up; releases of PEFT before 0.18 did not scale the adapter along.
-        embed_scale = self._get_embed_scale() if hasattr(self, "_get_embed_scale") else None
+        embed_scale = self._get_embed_scale() if hasattr(self, "_get_embed_scale") else None  # type: ignore[no-untyped-call]
         result = y
         for name in self.active_adapters:
             if name not in self.lora_embedding_A:
@@ -204,7 +246,8 @@ class LoraEmbedding(Embedding):
                     alpha=self.scaling[name],
                 )
             result = rows.view(y.shape)
-        return result.to(y.dtype)
+        rounded: Tensor = result.to(y.dtype)
+        return rounded
 
 
 # Layers that share their input. While a block such as an attention runs, the first of its layers to be called computes
@@ -216,7 +259,7 @@ _wasteful: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # blocks that did not
 
 
 def share_input(block: nn.Module, names: tuple[str, ...]) -> None:
-    """Has those of the layers `block.<name>` that are LoraLinear computed together."""
+    """Has the layers `block.<name>`, LoraLinear and its like, computed together where they are."""
     unshare_input(block)
     block.register_forward_pre_hook(functools.partial(_enter, names))
     block.register_forward_hook(_leave, always_call=True)
@@ -235,7 +278,7 @@ def _enter(names: tuple[str, ...], block: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling() or block in _wasteful:
         return
     layers = [getattr(block, name, None) for name in names]
-    _running.shared = _Shared([layer for layer in layers if type(layer) is LoraLinear])
+    _running.shared = _Shared([layer for layer in layers if layer is not None])
 
 
 def _leave(block: nn.Module, args: Any, result: Any) -> None:
@@ -261,9 +304,9 @@ class _Shared:
         if self.mode != self.modes():
             return None
         if self.layers:
-            layers, self.layers = [member for member in self.layers if self.joins(member, x)], []
+            layers, self.layers = [member for member in self.layers if self.joins(member, x, layer)], []
             if layer in layers and len(layers) > 1:
-                ys = ops.lora_linear_group(x, [_projection(member) for member in layers])
+                ys = ops.lora_linear_group(x, [_projection(member) for member in layers], compute=_compute(layer))
                 self.x = x
                 self.results = {m: (y, self.state(m, x)) for m, y in zip(layers, ys, strict=True)}
         if x is not self.x or layer not in self.results:
@@ -279,7 +322,9 @@ class _Shared:
         return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)
 
     @staticmethod
-    def joins(layer: LoraLinear, x: Tensor) -> bool:
+    def joins(layer: LoraLinear, x: Tensor, first: LoraLinear) -> bool:
+        if type(layer) is not type(first) or _compute(layer) != _compute(first):
+            return False
         # An inference tensor does not count its changes.
         return not (x.is_inference() or _hooked(layer) or why_not(layer, x) or _dora(layer))
 

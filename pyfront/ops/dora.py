@@ -91,7 +91,7 @@ def dora_linear_reference(
         scaled = F.linear(h, w.to(h.dtype))
     norm = torch.linalg.vector_norm(w.to(a.dtype) + scale * (b @ a), dim=1).detach()
     g = magnitude / norm
-    y = base + (g - 1) * scaled + g * scale * F.linear(F.linear(h, a), b)
+    y: Tensor = base + (g - 1) * scaled + g * scale * F.linear(F.linear(h, a), b)
     return (y if bias is None else y + bias).to(x.dtype)
 
 
@@ -178,7 +178,7 @@ class _DoraLinear(torch.autograd.Function):
             if needs_dg:
                 dg += (b.float() * db).sum(1)  # sum_m dy (scale s b^T)
             if needs_dx:
-                frozen = [], [], s[:, :0], form, [0], [], [], None, False
+                frozen: tuple[Any, ...] = [], [], s[:, :0], form, [0], [], [], None, False
                 dxd, _, _ = _lora_backward(x, [dkept], weight, *frozen, True, [], [])
                 dx = dx + _dora_dropout(dxd, ctx.dropout_p, seed)
         elif a.dtype == x.dtype:

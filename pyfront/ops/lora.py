@@ -62,11 +62,11 @@ def lora_linear(
         scale: factor of the adapter (alpha / R in PEFT).
         bias: [N], of x's dtype or float32.
         dropout_p: probability of dropping an element of the adapter's input.
-        compute: "match" takes float32 adapters on 16-bit x in float32, as PEFT does; "fast" rounds them to x's dtype
+        compute: "match" takes float32 adapters on 16-bit x in float32, as PEFT does; "fast" may round them to x's dtype
             first, for its matrix instructions. Their gradients are float32 either way.
 
     Returns:
-        [..., N], of x's dtype. Under autocast x, w and bias are cast first.
+        [..., N], of x's dtype. Under autocast x, w and bias are cast first, and adapters may be rounded, as PEFT's are.
 
     Raises:
         TypeError: a dtype other than these.
@@ -94,7 +94,9 @@ def lora_linear_group(x: Tensor, projections: Sequence[Projection], *, compute: 
         As `lora_linear`.
     """
     backend = choose("lora", x.device)
+    fast = compute == "fast"
     if torch.is_autocast_enabled(x.device.type):
+        fast = True  # PEFT rounds them then
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         projections = [
@@ -112,7 +114,7 @@ def lora_linear_group(x: Tensor, projections: Sequence[Projection], *, compute: 
         [len(projection.adapters) for projection in projections],
         [float(adapter.scale) for adapter in adapters],
         [float(adapter.dropout_p) for adapter in adapters],
-        compute == "fast",
+        fast,
         *[tensor for projection in projections for tensor in _tensors(projection.w)],
         *[projection.bias for projection in projections],
         *[adapter.a for adapter in adapters],
