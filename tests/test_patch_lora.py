@@ -262,7 +262,8 @@ EMBEDDING_FALL_THROUGH: dict[str, tuple[dict[str, Any], Callable[[Any], Any], st
     "DoRA": ({"use_dora": True}, lambda m: None, "its adapter is of the kind DoraEmbeddingVariant"),
     "split": (
         {},
-        lambda m: m.base_model.model[0].input_fns.update(default=lambda inputs: inputs[0]),
+        # an attribute that PEFT 0.18 does not have yet
+        lambda m: vars(m.base_model.model[0]).setdefault("input_fns", {}).update(default=lambda inputs: inputs[0]),
         "its adapter is split over devices",
     ),
 }

@@ -212,7 +212,9 @@ def _projection(layer: Any) -> ops.Projection:
     if bias is not None and _is_quantized(base):
         bias = bias.float()  # which the layers cast to x's dtype
     for name in _active(layer):
-        down, up, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+        down: Any = layer.lora_A[name]
+        up: Any = layer.lora_B[name]
+        scale = layer.scaling[name]
         if up.bias is not None:  # float32, in which the sum is as exact as PEFT's
             bias = scale * up.bias.float() + (0 if bias is None else bias.float())
         adapters.append(ops.Adapter(down.weight, up.weight, scale, _dropout_p(layer, name)))
@@ -230,8 +232,7 @@ class LoraEmbedding(Embedding):
         if args or kwargs or why_not_embedding(self) is not None:
             return super().forward(x, *args, **kwargs)
         y = self.base_layer(x)
-        # Gemma scales what it looks up; releases of PEFT before 0.18 did not scale the adapter along.
-        embed_scale = self._get_embed_scale() if hasattr(self, "_get_embed_scale") else None  # type: ignore[no-untyped-call]
+        embed_scale: Tensor | None = self._get_embed_scale()  # type: ignore[no-untyped-call]  # Gemma has one
         result = y
         for name in self.active_adapters:
             if name not in self.lora_embedding_A:
@@ -275,10 +276,11 @@ def unshare_input(block: nn.Module) -> None:
 
 
 def _enter(names: tuple[str, ...], block: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling() or block in _wasteful:
+    if torch.compiler.is_compiling():
         return
     layers = [getattr(block, name, None) for name in names]
-    _running.shared = _Shared([layer for layer in layers if layer is not None])
+    shares = block not in _wasteful
+    _running.shared = _Shared([layer for layer in layers if layer is not None]) if shares else None
 
 
 def _leave(block: nn.Module, args: Any, result: Any) -> None:
@@ -334,7 +336,7 @@ class _Shared:
         base: Any = layer.base_layer
         device = x.device.type
         found: list[Any] = [x._version, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)]
-        tensors = [*base.parameters()]
+        tensors = [*base.parameters(), *base.buffers()]
         for name in _active(layer):
             found += [name, layer.scaling[name], _dropout_p(layer, name)]
             tensors += [*layer.lora_A[name].parameters(), *layer.lora_B[name].parameters()]

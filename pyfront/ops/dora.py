@@ -91,8 +91,9 @@ def dora_linear_reference(
         scaled = F.linear(h, w.to(h.dtype))
     norm = torch.linalg.vector_norm(w.to(a.dtype) + scale * (b @ a), dim=1).detach()
     g = magnitude / norm
-    y: Tensor = base + (g - 1) * scaled + g * scale * F.linear(F.linear(h, a), b)
-    return (y if bias is None else y + bias).to(x.dtype)
+    y = base + (g - 1) * scaled + g * scale * F.linear(F.linear(h, a), b)
+    out: Tensor = y if bias is None else y + bias
+    return out.to(x.dtype)
 
 
 def _check(
@@ -178,7 +179,7 @@ class _DoraLinear(torch.autograd.Function):
             if needs_dg:
                 dg += (b.float() * db).sum(1)  # sum_m dy (scale s b^T)
             if needs_dx:
-                frozen: tuple[Any, ...] = [], [], s[:, :0], form, [0], [], [], None, False
+                frozen: Any = [], [], s[:, :0], form, [0], [], [], None, False
                 dxd, _, _ = _lora_backward(x, [dkept], weight, *frozen, True, [], [])
                 dx = dx + _dora_dropout(dxd, ctx.dropout_p, seed)
         elif a.dtype == x.dtype:
