@@ -195,7 +195,9 @@ def test_saves_products_of_the_rank_and_one_of_the_output(backend, dropout_p):
 def test_one_frozen_product_without_dropout_and_two_with(backend, monkeypatch, dropout_p):
     calls = []
     addmm = torch.Tensor.addmm_
-    monkeypatch.setattr(torch.Tensor, "addmm_", lambda self, *args: calls.append(self.shape) or addmm(self, *args))
+    monkeypatch.setattr(
+        torch.Tensor, "addmm_", lambda self, *args, **options: calls.append(self.shape) or addmm(self, *args, **options)
+    )
     y = dora_linear(**make((7, 19, 23, 4), device=backend.device), scale=0.5, dropout_p=dropout_p)
     assert calls == [(7, 23)] * (2 if dropout_p else 1)
     calls.clear()
