@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fusetune import _native, patch
 from fusetune.backend import BACKENDS, gemm_dtype
+from fusetune.nn.lora import share_input
 
 SHAPES = [  # M, K, N
     (4096, 384, 384),
@@ -51,30 +52,37 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def layers(
     device: torch.device, sizes: list[tuple[int, int]], dtype: torch.dtype, **config: Any
-) -> tuple[nn.ModuleList, nn.ModuleList]:
+) -> tuple[Block, Block]:
     """Frozen layers [K, N] and the same in PEFT, with float32 adapters as PEFT makes them."""
     torch.manual_seed(0)
-    frozen = nn.ModuleList(nn.Linear(K, N, bias=False) for K, N in sizes).to(device, dtype).requires_grad_(False)
+    frozen = Block(nn.Linear(K, N, bias=False) for K, N in sizes).to(device, dtype).requires_grad_(False)
     config = {"r": RANK, "lora_alpha": 2 * RANK, "init_lora_weights": False, **config}
     targets = [str(i) for i in range(len(sizes))]
     model = get_peft_model(copy.deepcopy(frozen), LoraConfig(target_modules=targets, **config))
     return frozen, model.base_model.model
 
 
-def step(modules: Any, x: Tensor, dys: list[Tensor]) -> tuple[Tensor, ...]:
+class Block(nn.ModuleList):
+    """Layers that share their input."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [layer(x) for layer in self]
+
+
+def step(modules: nn.Module, x: Tensor, dys: list[Tensor]) -> tuple[Tensor, ...]:
     """Gradients of x and of what is trained."""
-    ys = [module(x) for module in modules]
-    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+    ys = modules(x)
+    trained = [p for p in modules.parameters() if p.requires_grad]
     return torch.autograd.grad(ys, [x, *trained], dys)
 
 
-def saved_bytes(modules: Any, x: Tensor) -> int:
-    own = {x.data_ptr(), *(p.data_ptr() for module in modules for p in module.parameters())}
+def saved_bytes(modules: nn.Module, x: Tensor) -> int:
+    own = {x.data_ptr(), *(p.data_ptr() for p in modules.parameters())}
     saved: dict[int, int] = {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: saved.setdefault(t.data_ptr(), t.untyped_storage().nbytes()) and t, lambda t: t
     ):
-        ys = [module(x) for module in modules]
+        ys = modules(x)
     own |= {y.data_ptr() for y in ys}
     return sum(size for pointer, size in saved.items() if pointer not in own)
 
@@ -106,13 +114,14 @@ def compare(
     frozen, stock = layers(device, sizes, dtype, lora_dropout=dropout_p, **config)
     ours = copy.deepcopy(stock)
     patch(ours, ops=["lora"], strict=True)
+    share_input(ours, tuple(str(i) for i in range(len(sizes))))  # as patch() has it for blocks that it knows
     x = torch.randn(M, sizes[0][0], device=device).to(dtype).requires_grad_()
     dys = [torch.randn(M, N, device=device).to(dtype) for _, N in sizes]
     agree(ours, stock, x, dys)
     others = {"frozen": lambda: step(frozen, x, dys), "peft": lambda: step(stock, x, dys)}
     if compiled:
         torch._dynamo.reset()
-        fast = nn.ModuleList(torch.compile(layer, dynamic=False) for layer in stock)
+        fast = torch.compile(stock, dynamic=False)
         others["peft_compiled"] = lambda: step(fast, x, dys)
     K, N = sizes[0][0], sum(N for _, N in sizes)
     options = "".join(f" {key}" for key in config)
@@ -138,6 +147,14 @@ def test_lora_linear(
 ) -> None:
     M, K, N = shape
     compare(benchmark, device, M, [(K, N)], dtype, dropout_p, compiled=dtype == torch.float32 or device.type == "cuda")
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("group", [(1024, 768, 768, 768, 768), (2048, 2048, 5632, 5632)], ids=str)
+def test_shared_input(benchmark: Any, device: torch.device, group: tuple[int, ...], dropout_p: float) -> None:
+    """Query, key and value of BERT's width; gate and up."""
+    M, K, *Ns = group
+    compare(benchmark, device, M, [(K, N) for N in Ns], torch.float32, dropout_p, compiled=True)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
