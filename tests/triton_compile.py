@@ -47,7 +47,7 @@ def lora_case(
     lora.up(s, a, None, x, 1.0, p, seed, False)
     lora.outer(s, x, torch.empty(R, K), 1.0, p, seed, adapter)
     lora.outer(s, dy, torch.empty(N, R, dtype=adapter).t(), 2.0, 0.0, None, adapter)
-    if dtype != torch.float32:
+    if dtype != torch.float32 and masks > 1:  # unaligned rows take the most registers
         w = torch.empty(N, K, dtype=dtype)
         for tile in lora.linear_tiles(x.device):
             lora.linear(x, w, s, b.t(), bias, dy, 2.0, 0.0, None, tile)
@@ -101,6 +101,8 @@ def cases() -> dict[str, Callable[[], None]]:
             found[f"lora {name}{mixed}, R={R}, dropout"] = lambda d=dtype, a=adapter, R=R: lora_case(
                 d, a, 2048, 1024, 768, R, 0.1
             )
+            if R == 64:  # between the others, and each case takes seconds
+                continue
             found[f"lora {name}{mixed}, R={R}, dropout of two masks"] = lambda d=dtype, a=adapter, R=R: lora_case(
                 d, a, 2048, 1024, 768, 2 * R, 0.1, 2
             )
