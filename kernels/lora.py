@@ -49,7 +49,7 @@ MAX_RANK = 128
 UP_RANK = {2: 64, 4: 32}
 DOWN = {
     2: {32: Tile(64, 128, 4, 3), 64: Tile(64, 64, 4, 3), 128: Tile(32, 64, 4, 3)},
-    4: {32: Tile(32, 64, 4, 2), 64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 8, 2)},
+    4: {32: Tile(32, 64, 4, 3), 64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 8, 2)},
 }
 UP = {
     2: {32: Tile(64, 128, 4, 1), 128: Tile(64, 64, 4, 1)},
@@ -57,7 +57,7 @@ UP = {
 }
 UP_MASKS = Tile(64, 64, 4, 1)  # with a second accumulator, for the sum over masks
 OUTER = {
-    2: {32: Tile(64, 128, 4, 3), 64: Tile(64, 64, 4, 3), 128: Tile(64, 32, 4, 3)},
+    2: {32: Tile(64, 128, 4, 3), 64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 3)},
     4: {32: Tile(32, 64, 4, 2), 64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 8, 2)},
 }
 # By compute capability, 8 standing for those not listed. Larger ones spill, for the sake of the low-rank product.
@@ -129,15 +129,12 @@ def down_kernel(
     mask, rank, exists = ranks(tl.program_id(0) % blocks, run, RANK)
     if seed is not None:
         seed = tl.load(seed + mask)
+    w += rank.to(tl.int64)[None, :] * w_rank
     acc = tl.zeros([ROWS, RANK], tl.float32)
     for c0 in range(0, C, COLS):
         col = c0 + tl.arange(0, COLS)
         t_tile = load_masked(t, row, t_row, col, M, C, seed, c0, threshold, COLS)
-        w_tile = tl.load(
-            w + rank.to(tl.int64)[None, :] * w_rank + col.to(tl.int64)[:, None] * w_col,
-            exists[None, :] & (col < C)[:, None],
-            0.0,
-        )
+        w_tile = tl.load(w + col.to(tl.int64)[:, None] * w_col, exists[None, :] & (col < C)[:, None], 0.0)
         acc = tl.dot(t_tile.to(w_tile.dtype), w_tile, acc, input_precision=PRECISION)
     pointers = out + row.to(tl.int64)[:, None] * out_row + rank[None, :]
     tl.store(pointers, acc * factor, (row < M)[:, None] & exists[None, :])
