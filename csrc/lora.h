@@ -14,7 +14,7 @@
 //              db_j = scale_j dy_P^T s_j       [N, R]
 //
 // Neither D nor x . D is stored: backward recomputes them from the seed. All arithmetic is float32; a tensor's storage
-// type is rounded to once, when it is written. But where the machine multiplies 16-bit matrices, adapters of such a type,
+// type is rounded to once, when it is written (in CUDA, dx0 once for each mask). But where the machine multiplies 16-bit matrices, adapters of such a type,
 // or those that may be rounded to it, have s and ds rounded too; float16 must hold them then.
 //
 // Cost beyond the frozen layers: 6 M R (K + N) flops an adapter; read x twice, each dy once, write each y0 and dx0 once.

@@ -74,8 +74,9 @@ def patch(
 ) -> PatchReport:
     """Replaces what the kernels can compute in `model`, in place; `unpatch` undoes it exactly.
 
-    Only this model changes; its parameters, their names and what it saves stay as they are. Call it again after adding
-    adapters. A patched model holds copies of its configs: change `model.config`, not a config taken from it before.
+    Only this model changes; its parameters, their names and what it saves stay as they are. Call it again, with the same
+    options, after adding adapters. A patched model holds copies of its configs: change `model.config`, not a config
+    taken from it before.
 
     Args:
         model: a transformers model, a PEFT model, or any module that contains some.
@@ -143,11 +144,15 @@ def patched(
     """
     _check_module("patched", model)
     before = any(type(m) is not _stock_class(m) or _SWITCH in vars(m) for m in model.modules())
+    computes = [(m, vars(m).get("_fusetune_compute", "match")) for m in model.modules()]
     try:
         yield patch(model, ops=ops, strict=strict, compute=compute)
     finally:
         if not before:
             unpatch(model)
+        else:
+            for module, setting in computes:
+                _set_compute(module, setting)
 
 
 def _check_module(function: str, model: Any) -> None:
@@ -244,7 +249,7 @@ def _plan_blocks(model: nn.Module, plan: list[_Step]) -> Iterator[_Block]:
     for module in model.modules():
         candidates = SHARED_INPUT.get(_path(_stock_class(module)), ())
         names = tuple(name for name in candidates if id(getattr(module, name, None)) in layers)
-        if len(names) > 1:
+        if len(names) > 1 and "forward" not in vars(module):
             yield _Block(module, names, layers[id(getattr(module, names[0]))].backend)
 
 

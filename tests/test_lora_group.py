@@ -14,6 +14,7 @@ from fusetune.ops import (
     lora_linear,
     lora_linear_group,
     lora_linear_group_reference,
+    lora_linear_reference,
     quantize_int8,
     quantize_nf4,
 )
@@ -215,3 +216,9 @@ def test_quantised_weights_are_saved_as_they_are(device, quantize):
     assert [list(t.shape) for t in saved if t.data_ptr() not in known] == [[9, 5]]
     with pytest.raises(ValueError, match=r"^lora_linear: w must have shape \[N, 63\], got \[150, 64\]"):
         lora_linear(inputs["x"][:, :63], q, inputs["a"][:, :63], inputs["b"], 0.5)
+
+
+def test_reference_without_columns_drops_nothing():
+    inputs = make((5, 0, 4, 2))
+    y = lora_linear_reference(**inputs, scale=1.0, dropout_p=0.5, seed=3)
+    assert torch.equal(y, inputs["bias"].expand(5, 4))

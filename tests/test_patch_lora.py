@@ -532,3 +532,30 @@ def test_compute_is_what_patch_was_told(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ValueError, match=r"^patch: compute must be 'match' or 'fast', got 'slow'"):
         patch(model, compute="slow")
     assert type(layer) is peft.tuners.lora.Linear
+
+
+def test_compute_outlives_patched() -> None:
+    model = lora_layer()
+    patch(model, compute="fast")
+    with fusetune.patched(model):
+        pass
+    assert vars(model.base_model.model[0])["_fusetune_compute"] == "fast"
+
+
+def test_replicas_whose_weights_are_no_parameters() -> None:
+    """As nn.DataParallel makes them, on GPUs."""
+
+    def replica(module: Any) -> Any:
+        copied = module._replicate_for_data_parallel()
+        for name, parameter in module._parameters.items():
+            copied._parameters.pop(name, None)
+            setattr(copied, name, None if parameter is None else parameter * 1)
+        for name, child in module._modules.items():
+            copied._modules[name] = replica(child)
+        return copied
+
+    model = lora_layer()
+    patch(model, strict=True)
+    layer = model.base_model.model[0]
+    x = torch.randn(3, 24)
+    assert torch.equal(replica(layer)(x), layer(x))

@@ -571,3 +571,14 @@ def test_strict_raises_and_adds_no_hooks() -> None:
     with pytest.raises(ValueError, match="its adapter is merged"):
         patch(model, strict=True)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_adapters_of_two_dtypes_are_two_groups(groups: list[int]) -> None:
+    model, block = make_block()
+    model.bfloat16()
+    block.k.lora_A.float(), block.k.lora_B.float()
+    x = torch.randn(4, 12).bfloat16()
+    stock = model(x)
+    patch(model, strict=True)
+    torch.testing.assert_close(model(x), stock, rtol=5e-2, atol=5e-2)
+    assert sorted(groups) == [1, 2]

@@ -494,3 +494,15 @@ def test_layers_of_bitsandbytes_that_compute_in_another_dtype_are_called(bnb):
         ours = model(x)
         fusetune.unpatch(model)
         assert torch.equal(ours, model(x))
+
+
+def test_changes_in_place_that_would_be_lost_raise():
+    layer = QuantizedLinear.from_linear(nn.Linear(96, 40))
+    for change in (
+        lambda w: nn.init.normal_(w),
+        lambda w: torch.add(w, 1, out=w),
+        lambda w: w.mul_(2),
+        lambda w: w.__setitem__(0, 1.0),
+    ):
+        with pytest.raises(NotImplementedError, match=r"weight must be changed by assignment to weight\.data"):
+            change(layer.weight)

@@ -37,8 +37,8 @@ def fused(layer: Any, x: Tensor) -> Tensor | None:
     """The result of a layer for x by the ops, or None where PEFT must compute it."""
     if why_not(layer, x) is not None:
         return None
-    projection = _projection(layer)
     for name in _dora(layer):
+        projection = _projection(layer)
         ((a, b, scale, _),) = projection.adapters
         # PEFT drops by the mode of the layer, where LoRA without DoRA goes by the mode of its dropout.
         p = _dropout_p(layer, name) if layer.training else 0.0
@@ -46,7 +46,7 @@ def fused(layer: Any, x: Tensor) -> Tensor | None:
         return ops.dora_linear(x, w, a, b, layer.lora_magnitude_vector[name].weight, scale, projection.bias, p)
     shared = None if torch.compiler.is_compiling() else getattr(_running, "shared", None)
     y = shared.take(layer, x) if shared else None
-    return ops.lora_linear_group(x, [projection], compute=_compute(layer))[0] if y is None else y
+    return ops.lora_linear_group(x, [_projection(layer)], compute=_compute(layer))[0] if y is None else y
 
 
 def why_not(layer: Any, x: Tensor | None = None) -> str | None:
@@ -90,11 +90,7 @@ def why_not(layer: Any, x: Tensor | None = None) -> str | None:
         return "its base weight is trained"
     weights = [weight for part in parts for weight in _own(part)]
     for weight in weights:
-        if (
-            type(weight) is not nn.Parameter
-            and type(weight) is not Tensor
-            and not (quantized and weight is base.weight)
-        ):
+        if type(weight) is not nn.Parameter and type(weight) is not Tensor:
             return f"it has a weight of type {type(weight).__name__}"
     device = weights[-1].device if x is None else x.device
     try:
@@ -170,8 +166,10 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _own(module: nn.Module) -> list[Tensor]:
-    """The parameters of a module itself; nn.Module.parameters takes five times as long, at each call of each layer."""
-    return [p for p in module._parameters.values() if p is not None]
+    """The weight and bias of a module, which in replicas of nn.DataParallel are no parameters. The weight of a quantised
+    layer is left out: it is made when it is asked for, or of a type of its own."""
+    names = ("bias",) if _is_quantized(module) else ("weight", "bias")
+    return [t for name in names if isinstance(t := getattr(module, name, None), Tensor)]
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -267,6 +265,7 @@ _wasteful: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # blocks that did not
 def share_input(block: nn.Module, names: tuple[str, ...]) -> None:
     """Has the layers `block.<name>`, LoraLinear and its like, computed together where they are."""
     unshare_input(block)
+    _wasteful.discard(block)
     block.register_forward_pre_hook(functools.partial(_enter, names))
     block.register_forward_hook(_leave, always_call=True)
 
@@ -293,7 +292,8 @@ def _leave(block: nn.Module, args: Any, result: Any) -> None:
         return
     shared = getattr(_running, "shared", None)
     _running.shared = None
-    if shared and shared.results and result is not None:  # None: the block raised
+    # Not where the block raised, nor under a checkpoint, which must compute it the same way again.
+    if shared and shared.results and result is not None and shared.mode[1] is None:
         _wasteful.add(block)
 
 
@@ -333,7 +333,10 @@ class _Shared:
         if type(layer) is not type(first) or _compute(layer) != _compute(first):
             return False
         # An inference tensor does not count its changes.
-        return not (x.is_inference() or _hooked(layer) or why_not(layer, x) or _dora(layer))
+        if x.is_inference() or _hooked(layer) or why_not(layer, x) or why_not(first, x) or _dora(layer):
+            return False
+        one, other = (member.lora_A[_active(member)[0]].weight for member in (layer, first))
+        return one.dtype == other.dtype and one.device == other.device
 
     @staticmethod
     def state(layer: LoraLinear, x: Tensor) -> list[Any]:
@@ -341,7 +344,7 @@ class _Shared:
         base: Any = layer.base_layer
         device = x.device.type
         found: list[Any] = [x._version, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)]
-        tensors = [*_own(base), *(t for t in base._buffers.values() if t is not None)]
+        tensors = [*_own(base), *(quantized_weight(base) or ())[:1]]  # the codes of a quantised weight
         for name in _active(layer):
             found += [name, layer.scaling[name], _dropout_p(layer, name)]
             tensors += [*_own(layer.lora_A[name]), *_own(layer.lora_B[name])]

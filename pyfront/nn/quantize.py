@@ -22,7 +22,8 @@ class QuantizedLinear(nn.Linear):
 
     `quantized` is the weight. Attribute `weight` reads as the weight dequantised, anew each time, in `weight_dtype`;
     what is assigned to `weight.data` is quantised. So whoever reads and merges weights in that way (PEFT's merge, DoRA,
-    PiSSA) gets right values, rounded to the format. Changing such a tensor in place raises NotImplementedError.
+    PiSSA) gets right values, rounded to the format. Changing such a tensor in place raises NotImplementedError;
+    what its `data` reads as is a copy.
 
     The state dict is that of bitsandbytes' Linear4bit or Linear8bitLt; a float weight is quantised when it is loaded.
     Moving the layer to another dtype moves the bias.
@@ -186,7 +187,9 @@ class _Dequantized(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-        if (in_place or name == "__setitem__") and isinstance(args[0], cls):
+        given = kwargs or {}
+        changed = given.get("out", (*args, given.get("tensor"))[0] if in_place or name == "__setitem__" else None)
+        if isinstance(changed, cls):
             raise NotImplementedError(
                 f"QuantizedLinear: weight must be changed by assignment to weight.data, got {name};"
                 " a change in place would be lost"

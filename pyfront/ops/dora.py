@@ -86,7 +86,7 @@ def dora_linear_reference(
     h, base = x.to(a.dtype), F.linear(x, w)
     scaled = base
     if dropout_p:
-        rows = torch.arange(x.numel() // max(x.shape[-1], 1), device=x.device).view(x.shape[:-1])
+        rows = torch.arange(x.shape[:-1].numel(), device=x.device).view(x.shape[:-1])
         h = h * keep_mask(seed, rows, x.shape[-1], dropout_p) * kept_scale(dropout_p)
         scaled = F.linear(h, w.to(h.dtype))
     norm = torch.linalg.vector_norm(w.to(a.dtype) + scale * (b @ a), dim=1).detach()

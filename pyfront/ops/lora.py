@@ -151,7 +151,7 @@ def lora_linear_group_reference(
         for a, b, scale, dropout_p in adapters:
             h = x.to(a.dtype)
             if dropout_p:
-                rows = torch.arange(x.numel() // max(x.shape[-1], 1), device=x.device).view(x.shape[:-1])
+                rows = torch.arange(x.shape[:-1].numel(), device=x.device).view(x.shape[:-1])
                 h = h * keep_mask(seeds[index], rows, x.shape[-1], dropout_p) * kept_scale(dropout_p)
             y = y + scale * F.linear(F.linear(h, a), b)
             index += 1
