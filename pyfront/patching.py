@@ -74,9 +74,9 @@ def patch(
 ) -> PatchReport:
     """Replaces what the kernels can compute in `model`, in place; `unpatch` undoes it exactly.
 
-    Only this model changes; its parameters, their names and what it saves stay as they are. Call it again, with the same
-    options, after adding adapters. A patched model holds copies of its configs: change `model.config`, not a config
-    taken from it before.
+    Only this model changes; its parameters, their names and what it saves stay as they are. Call it again, with the
+    same options, after adding adapters. A patched model holds copies of its configs: change `model.config`, not a
+    config taken from it before.
 
     Args:
         model: a transformers model, a PEFT model, or any module that contains some.

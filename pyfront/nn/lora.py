@@ -166,8 +166,8 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _own(module: nn.Module) -> list[Tensor]:
-    """The weight and bias of a module, which in replicas of nn.DataParallel are no parameters. The weight of a quantised
-    layer is left out: it is made when it is asked for, or of a type of its own."""
+    """The weight and bias of a module, which in replicas of nn.DataParallel are no parameters. The weight of a
+    quantised layer is left out: it is made when it is asked for, or of a type of its own."""
     names = ("bias",) if _is_quantized(module) else ("weight", "bias")
     return [t for name in names if isinstance(t := getattr(module, name, None), Tensor)]
 
