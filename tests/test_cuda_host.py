@@ -301,8 +301,8 @@ def lora_results(x_dtype, dtype, device="cpu"):
     M, K, N, R = 300, 140, 150, 20
     x, *dys = (torch.randn(M, size).to(device, x_dtype) for size in (K, N, N))
     a, b = ([torch.randn(shape).to(device, dtype) for _ in range(2)] for shape in ((R, K), (N, R)))
-    w, bias = [torch.zeros(N, K, dtype=x_dtype, device=device)] * 2, [torch.randn(N).to(device), None]
-    options = [1, 1], [0.5, 2.0], [0.1, 0.1], torch.tensor([12345, 67], device=device), False
+    w, bias = [torch.zeros(N, K, dtype=x_dtype, device=device), None, None] * 2, [torch.randn(N).to(device), None]
+    options = [N, 0, N, 0], [1, 1], [0.5, 2.0], [0.1, 0.1], torch.tensor([12345, 67], device=device), False
     ys, s = torch.ops.fusetune.lora_forward(x, w, bias, a, b, *options)
     needs = True, [True, True], [True, True]
     dx, da, db = torch.ops.fusetune.lora_backward(x, dys, w, a, b, s, *options, *needs)

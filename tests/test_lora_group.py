@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 from oracle import assert_right, gradients, to_double
-from test_lora import BF16, DTYPES, FP16, FP32, assert_same, make, shape_id
+from test_lora import BF16, FP16, FP32, assert_same, make, shape_id
 
 from fusetune.ops import (
     Adapter,
@@ -94,7 +94,7 @@ def compare_group(group, shape, dtypes, device, compute="match", bias_dtype=None
     return got
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=shape_id)
+@pytest.mark.parametrize("dtypes", [(FP32, FP32), (BF16, BF16), (FP16, FP32)], ids=shape_id)
 @pytest.mark.parametrize("shape", [(5, 37), pytest.param((210, 300), marks=pytest.mark.large)], ids=shape_id)
 @pytest.mark.parametrize("group", GROUPS)
 def test_groups(backend, group, shape, dtypes):
@@ -135,9 +135,8 @@ def test_a_group_is_its_projections_one_by_one(device):
     ]
     for y, projection in zip(lora_linear_group(tensors["x"], group), group, strict=True):
         assert torch.equal(y, lora_linear_group(tensors["x"], [projection])[0])
-    unused = lora_linear_group(tensors["x"], group)[0].sum()  # no gradient reaches the second projection
-    (da,) = torch.autograd.grad(unused, [tensors["a10"]])
-    assert not da.any()
+    used = lora_linear_group(tensors["x"], group)[0].sum()  # no gradient reaches the second projection, as in PEFT
+    assert torch.autograd.grad(used, [tensors["a10"]], allow_unused=True) == (None,)
 
 
 def test_groups_compile(device):
