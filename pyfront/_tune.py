@@ -108,7 +108,7 @@ def _version(package: str) -> str:
 def _known(machine: str) -> dict[str, str]:
     """The choices for a machine, to be added to."""
     if machine not in _choices:
-        _choices[machine] = _load().get(machine, {})
+        _choices.setdefault(machine, _load().get(machine, {}))  # one dictionary for all threads
     return _choices[machine]
 
 
