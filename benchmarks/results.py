@@ -122,7 +122,7 @@ def tax_table(rows: list[Row]) -> str:
     so that ours is faster."""
     layers: dict[tuple[str, str], dict[float, Row]] = {}
     for row in rows:
-        if row.get("lora_tax", -1) > -0.5 and "backend" not in row and "saved_bytes" in row:
+        if row.get("lora_tax", -1) > -0.5 and "backend" not in row:
             layers.setdefault((row["shape"], row["dtype"]), {})[row["dropout_p"]] = row
 
     def taxes(row: Row) -> list[str]:
@@ -130,7 +130,7 @@ def tax_table(rows: list[Row]) -> str:
         return [
             *cells,
             f"**{row['lora_tax']:+.1%}**",
-            f"{row['peft_saved_bytes'] / 1e6:.3g} → {row['saved_bytes'] / 1e6:.2g} MB",
+            f"{row['peft_saved_bytes'] / 1e6:.3g} → {row['saved_bytes'] / 1e6:.3g} MB",
         ]
 
     heads = ["PEFT", "compiled", "fusetune", "saved for backward"]
