@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "adamw.h"
 #include "cpu/dispatch.h"
 #include "dora.h"
@@ -14,6 +16,8 @@ using namespace pybind11::literals;
 
 namespace {
 
+using fusetune::FlashAttention;
+
 // Python passes addresses as integers.
 template <class T>
 using Wire = std::conditional_t<std::is_pointer_v<T>, std::uintptr_t, T>;
@@ -24,6 +28,19 @@ T from_wire(Wire<T> value) {
     return reinterpret_cast<T>(value);
   else
     return value;
+}
+
+// A member of a struct of arguments: an address is an integer, strides are a tuple.
+template <class T>
+void field(py::class_<FlashAttention>& cls, const char* name, T FlashAttention::* member) {
+  using fusetune::MaskStrides, fusetune::Strides;
+  auto set = [&](auto setter) { cls.def_property(name, nullptr, setter); };
+  if constexpr (std::is_same_v<T, Strides>)
+    set([member](FlashAttention& c, std::array<int64_t, 3> s) { c.*member = {s[0], s[1], s[2]}; });
+  else if constexpr (std::is_same_v<T, MaskStrides>)
+    set([member](FlashAttention& c, std::array<int64_t, 4> s) { c.*member = {s[0], s[1], s[2], s[3]}; });
+  else
+    set([member](FlashAttention& c, Wire<T> value) { c.*member = from_wire<T>(value); });
 }
 
 // The launcher of the ISA level in use, callable from Python without the GIL.
@@ -74,12 +91,21 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("dora_dropout", cpu_launcher(fusetune::cpu::dora_dropout), "x"_a, "out"_a, "M"_a, "K"_a, "x_row"_a,
         "dropout_p"_a, "seed"_a, "dtype"_a, "threads"_a);
 
-  m.def("flash_attention_forward", cpu_launcher(fusetune::cpu::flash_attention_forward), "q"_a, "k"_a, "v"_a, "keep"_a,
-        "o"_a, "lse"_a, "B"_a, "H"_a, "Hkv"_a, "Sq"_a, "Sk"_a, "D"_a, "strides"_a, "keep_row"_a, "scale"_a, "causal"_a,
-        "dropout_p"_a, "seed"_a, "dtype"_a, "threads"_a);
-  m.def("flash_attention_backward", cpu_launcher(fusetune::cpu::flash_attention_backward), "grad_o"_a, "q"_a, "k"_a,
-        "v"_a, "keep"_a, "o"_a, "lse"_a, "dq"_a, "dk"_a, "dv"_a, "B"_a, "H"_a, "Hkv"_a, "Sq"_a, "Sk"_a, "D"_a,
-        "strides"_a, "keep_row"_a, "scale"_a, "causal"_a, "dropout_p"_a, "seed"_a, "dtype"_a, "threads"_a);
+  py::class_<FlashAttention> call(m, "FlashAttention");
+  call.def(py::init([] { return FlashAttention{}; }));
+  // clang-format off
+#define FIELD(name) field(call, #name, &FlashAttention::name)
+  FIELD(q); FIELD(k); FIELD(v); FIELD(o); FIELD(lse); FIELD(q_stride); FIELD(k_stride); FIELD(v_stride);
+  FIELD(o_stride); FIELD(B); FIELD(H); FIELD(Hkv); FIELD(Sq); FIELD(Sk); FIELD(D); FIELD(Dv); FIELD(dtype);
+  FIELD(scale); FIELD(softcap); FIELD(left); FIELD(right); FIELD(top_left); FIELD(keep); FIELD(keep_row);
+  FIELD(mask); FIELD(mask_stride); FIELD(bias); FIELD(bias_dtype); FIELD(bias_stride); FIELD(relative); FIELD(N);
+  FIELD(sinks); FIELD(q_starts); FIELD(k_starts); FIELD(members); FIELD(dropout_p); FIELD(seed); FIELD(seed_cell);
+  FIELD(grad_o); FIELD(grad_o_stride); FIELD(grad_lse); FIELD(dq); FIELD(dk); FIELD(dv); FIELD(dq_stride);
+  FIELD(dk_stride); FIELD(dv_stride); FIELD(dbias); FIELD(dbias_stride); FIELD(drelative); FIELD(dsinks);
+#undef FIELD
+  // clang-format on
+  m.def("flash_attention_forward", cpu_launcher(fusetune::cpu::flash_attention_forward), "call"_a, "threads"_a);
+  m.def("flash_attention_backward", cpu_launcher(fusetune::cpu::flash_attention_backward), "call"_a, "threads"_a);
 
   m.def("adamw_step", cpu_launcher(fusetune::cpu::adamw_step), "table"_a, "rows"_a, "hypers"_a, "grad_scale"_a,
         "found_inf"_a, "threads"_a);

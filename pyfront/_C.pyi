@@ -75,54 +75,14 @@ def dora_backward(
 def dora_dropout(
     x: int, out: int, M: int, K: int, x_row: int, dropout_p: float, seed: int, dtype: int, threads: int
 ) -> None: ...
-def flash_attention_forward(
-    q: int,
-    k: int,
-    v: int,
-    keep: int,
-    o: int,
-    lse: int,
-    B: int,
-    H: int,
-    Hkv: int,
-    Sq: int,
-    Sk: int,
-    D: int,
-    strides: int,
-    keep_row: int,
-    scale: float,
-    causal: bool,
-    dropout_p: float,
-    seed: int,
-    dtype: int,
-    threads: int,
-) -> None: ...
-def flash_attention_backward(
-    grad_o: int,
-    q: int,
-    k: int,
-    v: int,
-    keep: int,
-    o: int,
-    lse: int,
-    dq: int,
-    dk: int,
-    dv: int,
-    B: int,
-    H: int,
-    Hkv: int,
-    Sq: int,
-    Sk: int,
-    D: int,
-    strides: int,
-    keep_row: int,
-    scale: float,
-    causal: bool,
-    dropout_p: float,
-    seed: int,
-    dtype: int,
-    threads: int,
-) -> None: ...
+class FlashAttention:
+    """The struct of csrc/flash_attention.h. Its members are written, never read."""
+
+    def __init__(self) -> None: ...
+    def __setattr__(self, name: str, value: int | float | tuple[int, ...]) -> None: ...
+
+def flash_attention_forward(call: FlashAttention, threads: int) -> None: ...
+def flash_attention_backward(call: FlashAttention, threads: int) -> None: ...
 def adamw_step(table: int, rows: int, hypers: int, grad_scale: int, found_inf: int, threads: int) -> None: ...
 def quantize_nf4(w: int, codes: int, absmax: int, count: int, block: int, dtype: int, threads: int) -> None: ...
 def dequantize(

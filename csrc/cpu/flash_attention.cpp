@@ -21,7 +21,7 @@ int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 struct Tensor {
   const void* p;
   int64_t b, h, s;
-  Tensor(const void* p, const int64_t* strides) : p(p), b(strides[0]), h(strides[1]), s(strides[2]) {}
+  Tensor(const void* p, const Strides& strides) : p(p), b(strides.b), h(strides.h), s(strides.s) {}
   void* row(int dtype, int64_t batch, int64_t head, int64_t position) const {
     return const_cast<void*>(at(p, dtype, batch * b + head * h + position * s));
   }
@@ -104,11 +104,16 @@ void block_mask(const Dropout& dropout, const Keys& keys, int64_t b, int64_t h, 
 
 }  // namespace
 
-void flash_attention_forward(const void* q_, const void* k_, const void* v_, const uint8_t* keep, void* o_, float* lse,
-                             int64_t B, int64_t H, int64_t Hkv, int64_t Sq, int64_t Sk, int64_t D,
-                             const int64_t* strides, int64_t keep_row, float scale, bool causal, double dropout_p,
-                             uint64_t seed, int dtype, int threads) {
-  const Tensor q(q_, strides), k(k_, strides + 3), v(v_, strides + 6), o(o_, strides + 9);
+void flash_attention_forward(const FlashAttention& c, int threads) {
+  const Tensor q(c.q, c.q_stride), k(c.k, c.k_stride), v(c.v, c.v_stride), o(c.o, c.o_stride);
+  const int64_t B = c.B, H = c.H, Hkv = c.Hkv, Sq = c.Sq, Sk = c.Sk, D = c.D, keep_row = c.keep_row;
+  const uint8_t* keep = c.keep;
+  const float scale = c.scale;
+  const bool causal = c.right == 0;
+  const double dropout_p = c.dropout_p;
+  const uint64_t seed = c.seed;
+  const int dtype = c.dtype;
+  float* lse = c.lse;
   const Shape shape{B, H, Hkv, Sq, Sk, D};
   const Keys keys(shape, keep, keep_row, causal);
   const Dropout dropout = Dropout::make(dropout_p, seed);
@@ -204,12 +209,17 @@ void flash_attention_forward(const void* q_, const void* k_, const void* v_, con
   parallel(threads, scratch, Phase{B * Hkv * chunks, item_of});
 }
 
-void flash_attention_backward(const void* grad_o_, const void* q_, const void* k_, const void* v_, const uint8_t* keep,
-                              const void* o_, const float* lse, void* dq_, void* dk_, void* dv_, int64_t B, int64_t H,
-                              int64_t Hkv, int64_t Sq, int64_t Sk, int64_t D, const int64_t* strides, int64_t keep_row,
-                              float scale, bool causal, double dropout_p, uint64_t seed, int dtype, int threads) {
-  const Tensor grad_o(grad_o_, strides), q(q_, strides + 3), k(k_, strides + 6), v(v_, strides + 9),
-      o(o_, strides + 12), dq(dq_, strides + 15), dk(dk_, strides + 18), dv(dv_, strides + 21);
+void flash_attention_backward(const FlashAttention& c, int threads) {
+  const Tensor q(c.q, c.q_stride), k(c.k, c.k_stride), v(c.v, c.v_stride), o(c.o, c.o_stride),
+      grad_o(c.grad_o, c.grad_o_stride), dq(c.dq, c.dq_stride), dk(c.dk, c.dk_stride), dv(c.dv, c.dv_stride);
+  const int64_t B = c.B, H = c.H, Hkv = c.Hkv, Sq = c.Sq, Sk = c.Sk, D = c.D, keep_row = c.keep_row;
+  const uint8_t* keep = c.keep;
+  const float scale = c.scale;
+  const bool causal = c.right == 0;
+  const double dropout_p = c.dropout_p;
+  const uint64_t seed = c.seed;
+  const int dtype = c.dtype;
+  float* lse = c.lse;
   const Shape shape{B, H, Hkv, Sq, Sk, D};
   const Keys keys(shape, keep, keep_row, causal);
   const Dropout dropout = Dropout::make(dropout_p, seed);

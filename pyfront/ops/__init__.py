@@ -2,7 +2,12 @@
 
 from fusetune.ops.adamw import adamw_step, adamw_step_reference
 from fusetune.ops.dora import dora_linear, dora_linear_reference
-from fusetune.ops.flash_attention import flash_attention, flash_attention_reference
+from fusetune.ops.flash_attention import (
+    alibi_bias,
+    flash_attention,
+    flash_attention_reference,
+    t5_relative_bias,
+)
 from fusetune.ops.lora import (
     Adapter,
     Projection,
@@ -25,6 +30,7 @@ __all__ = [
     "Projection",
     "adamw_step",
     "adamw_step_reference",
+    "alibi_bias",
     "dequantize",
     "dequantize_reference",
     "dora_linear",
@@ -39,4 +45,5 @@ __all__ = [
     "quantize_nf4",
     "quantize_nf4_reference",
     "quantized_linear",
+    "t5_relative_bias",
 ]
