@@ -75,6 +75,7 @@ def dora_backward(
 def dora_dropout(
     x: int, out: int, M: int, K: int, x_row: int, dropout_p: float, seed: int, dtype: int, threads: int
 ) -> None: ...
+
 class FlashAttention:
     """The struct of csrc/flash_attention.h. Its members are written, never read."""
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <numeric>
 #include <stdexcept>
 
 #include "../adamw.h"
@@ -85,6 +86,11 @@ float* thread_scratch(int64_t floats) {
     mine.bytes = mine.p ? bytes : 0;
   }
   return static_cast<float*>(mine.p);
+}
+
+void longest_first(const float* cost, int64_t count, int32_t* order) {
+  std::iota(order, order + count, 0);
+  std::stable_sort(order, order + count, [cost](int32_t a, int32_t b) { return cost[a] > cost[b]; });
 }
 
 }  // namespace fusetune::cpu

@@ -19,6 +19,9 @@ int level();                               // index into kLevels of the level in
 // At least `floats` floats, 64-byte aligned, kept by the calling thread for its next call; null when out of memory.
 float* thread_scratch(int64_t floats);
 
+// order[0:count]: the items by falling cost, those of equal cost in order.
+void longest_first(const float* cost, int64_t count, int32_t* order);
+
 // Declares the launcher `name` of function type `type` at every level, and the table cpu::name of its addresses in the
 // order of kLevels. A level that was not built has no definition and, being weak, a null address.
 #define FUSETUNE_LAUNCHER(type, name) \

@@ -1,362 +1,470 @@
 #include "../flash_attention.h"
 
+#include "flash_attention_tiles.h"
 #include "gemm.h"
 #include "parallel.h"
-#include "rows.h"
 
+// Forward and backward of one tile are the same with and without kPairs, where products are of bfloat16 pairs: only how
+// operands are stored differs (flash_attention_tiles.h).
 namespace fusetune::cpu::FUSETUNE_LEVEL {
 
 namespace {
 
-constexpr int64_t kKeys = kMaskGroup;     // keys of a block
-constexpr int64_t kQueries = 24;          // queries of a forward tile: its scores, 12 KiB, stay in L1
-constexpr int64_t kBackwardQueries = 48;  // of a backward tile
-constexpr int64_t kItemQueries = 240;     // rows of q for which a forward item packs k and v
-constexpr int64_t kBackwardItems = 32;    // a backward pass is cut into at least so many items where it can be
-constexpr float kLog2e = 0x1.715476p+0f, kLn2 = 0x1.62e430p-1f;
+constexpr int64_t kItemQueries = 240;       // rows of q for which a forward item packs k and v
+constexpr int64_t kBackwardItems = 32;      // a backward pass is cut into at least so many items where it can be
+constexpr int64_t kPartialBytes = 1 << 28;  // at most so much is spent on partial sums of dq
+constexpr float kSlack = 8;  // a maximum may be exceeded so far, in powers of 2, before a row's sums are rescaled
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+// What threads take, the longest first.
+struct Item {
+  int64_t sequence, head, part;
+};
+struct Items {
+  Buffer<Item> items;
+  Buffer<float> costs;
+  Buffer<int32_t> order;
+  int64_t count = 0;
+  explicit Items(int64_t most) : items(most), costs(most), order(most) {}
+  void add(Item item, float cost) {
+    items[count] = item;
+    costs[count++] = cost;
+  }
+  void sort() { longest_first(costs.p, count, order.p); }
+  const Item& operator[](int64_t i) const { return items[order[i]]; }
+};
 
-struct Tensor {
-  const void* p;
-  int64_t b, h, s;
-  Tensor(const void* p, const Strides& strides) : p(p), b(strides.b), h(strides.h), s(strides.s) {}
-  void* row(int dtype, int64_t batch, int64_t head, int64_t position) const {
-    return const_cast<void*>(at(p, dtype, batch * b + head * h + position * s));
+// Scratch is laid out by a constructor that takes arrays one after another: once from null for its size.
+struct Arena {
+  float* p;
+  int64_t used = 0;
+  float* floats(int64_t n) {
+    float* taken = p ? p + used : nullptr;
+    used += padded(n);
+    return taken;
+  }
+  uint32_t* words(int64_t n) { return (uint32_t*)floats(n); }
+};
+template <class Layout, class... Sizes>
+int64_t scratch_of(Sizes... sizes) {
+  Arena arena{nullptr};
+  Layout(arena, sizes...);
+  return arena.used;
+}
+
+struct Sizes {
+  int64_t q_cells, v_cells, q_width, v_width;  // cells of a row of q and of v; elements of a row of dq and of o
+  template <bool kPairs>
+  static Sizes of(const FlashAttention& c) {
+    return {row_cells<kPairs>(c.D), row_cells<kPairs>(c.Dv), padded(c.D), padded(c.Dv)};
   }
 };
 
-struct Shape {
-  int64_t B, H, Hkv, Sq, Sk, D;
-  int64_t group() const { return H / Hkv; }
+struct ForwardScratch {
+  float *rows, *k_t, *v, *scores, *p, *q, *sums, *largest, *total;
+  uint32_t* kept;
+  ForwardScratch(Arena& a, Sizes s, int64_t q_rows)
+      : rows(a.floats(kKeys * larger(s.q_cells, s.v_cells))),
+        k_t(a.floats(kKeys * s.q_cells)),
+        v(a.floats(kKeys * panels(s.v_width) * kPanel)),
+        scores(a.floats(kQueries * kKeys)),
+        p(a.floats(kQueries * kKeys / 2)),
+        q(a.floats(q_rows * s.q_cells)),
+        sums(a.floats(q_rows * s.v_width)),
+        largest(a.floats(q_rows)),
+        total(a.floats(q_rows)),
+        kept(a.words(kQueries * kMaskPairs)) {}
 };
 
-// The kept keys of every sequence, in order, and how many of them each query sees.
-struct Keys {
-  const Shape& shape;
-  const bool causal, all;
-  const Buffer<int32_t> position, count;  // [B, Sk] positions of kept keys; [B, Sk + 1] kept before a position
+template <bool kPairs>
+void forward(const FlashAttention& c, int threads) {
+  const Attention attention(c);
+  const Dropout& dropout = attention.dropout;
+  const Sizes sizes = Sizes::of<kPairs>(c);
+  const int64_t group = c.H / c.Hkv, q_depth = cells<kPairs>(c.D);
+  const int64_t chunk = larger(1, kItemQueries / group / kQueries) * kQueries;  // queries per head of an item
+  const Tensor q(c.q, c.q_stride), k(c.k, c.k_stride), v(c.v, c.v_stride), o(c.o, c.o_stride);
 
-  Keys(const Shape& shape, const uint8_t* keep, int64_t keep_row, bool causal)
-      : shape(shape),
-        causal(causal),
-        all(!keep),
-        position(all ? 0 : shape.B * shape.Sk),
-        count(all ? 0 : shape.B * (shape.Sk + 1)) {
-    for (int64_t b = 0; keep && b < shape.B; b++) {
-      int32_t kept = 0;
-      for (int64_t j = 0; j < shape.Sk; j++) {
-        count[b * (shape.Sk + 1) + j] = kept;
-        if (keep[b * keep_row + j]) position[b * shape.Sk + kept++] = (int32_t)j;
-      }
-      count[b * (shape.Sk + 1) + shape.Sk] = kept;
+  Items items(attention.chunks(chunk) * c.Hkv);
+  for (int64_t n = 0; n < attention.count; n++) {
+    const Sequence& sequence = attention.sequences[n];
+    for (int64_t i0 = 0; i0 < sequence.Sq; i0 += chunk) {
+      const int64_t queries = smaller(chunk, sequence.Sq - i0);
+      const Range seen = sequence.seen(i0 + queries / 2);
+      for (int64_t head = 0; head < c.Hkv; head++)
+        items.add({n, head, i0}, (float)queries * (float)(seen.end - seen.begin + kKeys));
     }
   }
-  int64_t kept_before(int64_t b, int64_t j) const { return all ? j : count[b * (shape.Sk + 1) + j]; }
-  int64_t kept(int64_t b) const { return kept_before(b, shape.Sk); }
-  int64_t key(int64_t b, int64_t j) const { return all ? j : position[b * shape.Sk + j]; }
-  // Query i sees the first so many kept keys.
-  int64_t seen(int64_t b, int64_t i) const {
-    return causal ? kept_before(b, larger(0, smaller(shape.Sk, i + 1 + shape.Sk - shape.Sq))) : kept(b);
-  }
+  items.sort();
+
+  auto item_of = [&](int64_t number, float* memory) {
+    const Item item = items[number];
+    const Sequence& sequence = attention.sequences[item.sequence];
+    const int64_t i0 = item.part, queries = smaller(chunk, sequence.Sq - i0), rows = group * queries;
+    const int64_t tile_rows = queries >= kQueries ? kQueries : kQueries / queries * queries;
+    Arena arena{memory};
+    const ForwardScratch s(arena, sizes, group * chunk);
+    auto head_of = [&](int64_t r) { return item.head * group + r / queries; };
+    auto query_of = [&](int64_t r) { return i0 + r % queries; };
+
+    for (int64_t r = 0; r < rows; r++) {
+      load_cells<kPairs>(q.row(c.dtype, sequence.b, head_of(r), sequence.q0 + query_of(r)), c.dtype, c.D,
+                         s.q + r * sizes.q_cells);
+      s.largest[r] = -INFINITY;
+      s.total[r] = 0;
+    }
+    memset(s.sums, 0, 4 * rows * sizes.v_width);
+
+    const int64_t first = sequence.seen(i0).begin, end = sequence.seen(i0 + queries - 1).end;
+    for (int64_t j0 = first / kKeys * kKeys; j0 < end; j0 += kKeys) {
+      load_keys<kPairs>(k, c.dtype, sequence, item.head, j0, c.D, s.rows);
+      pack_transposed(s.rows, sizes.q_cells, s.k_t);
+      load_keys<kPairs>(v, c.dtype, sequence, item.head, j0, c.Dv, s.rows);
+      pack_depth<kPairs>(s.rows, sizes.v_cells, kKeys, sizes.v_width, s.v, kPanel, cells<kPairs>(kKeys) * kPanel);
+
+      for (int64_t r0 = 0, m; r0 < rows; r0 += m) {
+        m = smaller(tile_rows, queries >= kQueries ? queries - r0 % queries : rows - r0);
+        Tile tile;
+        for (int64_t t = 0; t < m; t++) tile.rows[t] = {head_of(r0 + t), query_of(r0 + t)};
+        const Columns columns = attention.columns(sequence, tile, m, j0, kPairs ? 2 * W : W);
+        if (columns.empty()) continue;
+        const int64_t c0 = columns.begin, c1 = columns.end;
+        gemm<kPairs>(m, c1 - c0, q_depth, {s.q + r0 * sizes.q_cells, sizes.q_cells, 1},
+                     packed_panels(s.k_t + c0 * sizes.q_cells, sizes.q_cells), s.scores + c0, kKeys, false);
+        if (dropout.threshold) attention.keep(sequence, tile, m, j0, s.kept);
+        for (int64_t t = 0; t < m; t++) {
+          const int64_t r = r0 + t;
+          float* row = s.scores + t * kKeys;
+          const float factor = attention.prepare(sequence, tile.rows[t], tile.seen[t], j0, columns, row, nullptr);
+          f32v row_max = splat(-INFINITY);
+          for (int64_t j = c0; j < c1; j += W) row_max = max(row_max, load(row + j) * factor);
+          const float block_max = horizontal_max(row_max);
+          float rescale = 1;
+          if (s.largest[r] == -INFINITY || !(block_max <= s.largest[r] + kSlack)) {
+            rescale = s.largest[r] == -INFINITY ? 0.0f : exp2(splat(s.largest[r] - block_max))[0];
+            s.largest[r] = block_max;
+          }
+          const float base = s.largest[r] == -INFINITY ? 0.0f : s.largest[r];  // of a row that sees nothing so far
+          const uint32_t* kept = dropout.threshold ? s.kept + t * kMaskPairs : nullptr;
+          auto weight = [&](int64_t j, f32v& sum) {
+            f32v p = exp2(load(row + j) * factor - base);
+            sum += p;
+            return kept ? (f32v)((i32v)p & Dropout::mask_of(kept, j)) : p;
+          };
+          f32v sum{}, other{};
+          if constexpr (kPairs)
+            for (int64_t j = c0; j < c1; j += 2 * W) {
+              const f32v a = weight(j, sum), b = weight(j + W, other);
+              store((int32_t*)s.p + (t * kKeys + j) / 2, (i32v)pair_neighbours(a, b));
+            }
+          else
+            for (int64_t j = c0; j < c1; j += W) store(row + j, weight(j, sum));
+          s.total[r] = s.total[r] * rescale + horizontal_sum(sum + other);
+          if (rescale != 1.0f) scale_row(s.sums + r * sizes.v_width, sizes.v_width, rescale);
+        }
+        const Matrix p = kPairs ? Matrix{s.p + c0 / 2, kKeys / 2, 1} : Matrix{s.scores + c0, kKeys, 1};
+        gemm<kPairs>(m, sizes.v_width, cells<kPairs>(c1 - c0), p,
+                     {s.v + cells<kPairs>(c0) * kPanel, kPanel, cells<kPairs>(kKeys) * kPanel},
+                     s.sums + r0 * sizes.v_width, sizes.v_width, true);
+      }
+    }
+
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t h = head_of(r), i = sequence.q0 + query_of(r);
+      float factor = 1;
+      if (c.sinks) {  // one more term of the sum
+        const float sink = c.sinks[h] * kLog2e;
+        if (!(sink <= s.largest[r])) {
+          factor = s.largest[r] == -INFINITY ? 0.0f : exp2(splat(s.largest[r] - sink))[0];
+          s.total[r] *= factor;
+          s.largest[r] = sink;
+        }
+        if (sink != -INFINITY) s.total[r] += exp2(splat(sink - s.largest[r]))[0];
+      }
+      float* row = s.sums + r * sizes.v_width;
+      scale_row(row, sizes.v_width, s.total[r] == 0 ? 0.0f : factor * dropout.scale / s.total[r]);
+      store_row(o.row(c.dtype, sequence.b, h, i), c.dtype, c.Dv, row);
+      c.lse[(sequence.b * c.H + h) * c.Sq + i] = s.total[r] == 0 ? -INFINITY : s.largest[r] * kLn2 + logf(s.total[r]);
+    }
+  };
+  parallel(threads, scratch_of<ForwardScratch>(sizes, group * chunk), Phase{items.count, item_of});
+}
+
+struct BackwardScratch {
+  float *rows, *k_t, *v_t, *k, *dk, *dv, *q, *grad_o, *q_pairs, *grad_o_pairs, *p, *ds, *p_pairs, *ds_pairs, *ds_rows;
+  float* slope;
+  uint32_t* kept;
+  BackwardScratch(Arena& a, Sizes s)
+      : rows(a.floats(kKeys * larger(s.q_cells, s.v_cells))),
+        k_t(a.floats(kKeys * s.q_cells)),
+        v_t(a.floats(kKeys * s.v_cells)),
+        k(a.floats(kKeys * panels(s.q_width) * kPanel)),
+        dk(a.floats(kKeys * s.q_width)),
+        dv(a.floats(kKeys * s.v_width)),
+        q(a.floats(kQueries * s.q_cells)),
+        grad_o(a.floats(kQueries * s.v_cells)),
+        q_pairs(a.floats(kQueries / 2 * s.q_width)),
+        grad_o_pairs(a.floats(kQueries / 2 * s.v_width)),
+        p(a.floats(kQueries * kKeys)),
+        ds(a.floats(kQueries * kKeys)),
+        p_pairs(a.floats(kQueries / 2 * kKeys)),
+        ds_pairs(a.floats(kQueries / 2 * kKeys)),
+        ds_rows(a.floats(kQueries * kKeys / 2)),
+        slope(a.floats(kKeys)),
+        kept(a.words(kQueries * kMaskPairs)) {}
 };
 
-// Kept keys j0 .. j0 + n of one head as float32 rows of padded(D), zeros beyond D and up to kKeys rows.
-void load_keys(const Tensor& t, int dtype, const Keys& keys, int64_t b, int64_t head, int64_t j0, int64_t n,
-               float* rows) {
-  const int64_t D = keys.shape.D, width = padded(D);
-  for (int64_t j = 0; j < n; j++) {
-    load_row(t.row(dtype, b, head, keys.key(b, j0 + j)), dtype, D, rows + j * width);
-    for (int64_t d = D; d < width; d++) rows[j * width + d] = 0;
-  }
-  memset(rows + n * width, 0, 4 * (kKeys - n) * width);
-}
+template <bool kPairs>
+void backward(const FlashAttention& c, int threads) {
+  const Attention attention(c);
+  const Dropout& dropout = attention.dropout;
+  const Sizes sizes = Sizes::of<kPairs>(c);
+  const int64_t group = c.H / c.Hkv, count = attention.count;
+  const Tensor q(c.q, c.q_stride), k(c.k, c.k_stride), v(c.v, c.v_stride), o(c.o, c.o_stride),
+      grad_o(c.grad_o, c.grad_o_stride), dq(c.dq, c.dq_stride), dk(c.dk, c.dk_stride), dv(c.dv, c.dv_stride);
+  auto row_of = [&](const Sequence& sequence, int64_t h, int64_t i) {  // of what is [B, H, Sq]
+    return (sequence.b * c.H + h) * c.Sq + sequence.q0 + i;
+  };
 
-// rows [kKeys, width] as panels for a product over the keys ...
-void pack_rows(const float* rows, int64_t width, float* packed) {
-  for (int64_t c = 0; c < width; c += W)
-    for (int64_t j = 0; j < kKeys; j++)
-      store(packed + c / kPanel * kPanel * kKeys + j * kPanel + c % kPanel, load(rows + j * width + c));
-}
-// ... and transposed, as panels [width, kKeys] for a product over D.
-void pack_transposed(const float* rows, int64_t width, float* packed) {
-  for (int64_t j = 0; j < kKeys; j += kPanel)
-    transpose(rows + j * width, width, kPanel, width, packed + j * width, kPanel);
-}
+  // Key blocks of a head are cut into `splits` items, by sizes alone so that results do not depend on the threads. Each
+  // sums dq over its own blocks; the sums are added up in order at the end. An item of a bias' gradient owns what it
+  // adds to: all batches, heads or keys over which the bias is broadcast, which it takes one after another.
+  int64_t blocks = 0;
+  for (int64_t n = 0; n < count; n++) blocks = larger(blocks, attention.sequences[n].blocks());
+  const int64_t rows = c.B * c.H * c.Sq;
+  const bool all_batches = c.dbias && c.dbias_stride.b == 0, all_heads = c.dbias && c.dbias_stride.h == 0;
+  const bool all_keys = c.dbias && (c.dbias_stride.k == 0 || (all_batches && c.keep));
+  const int64_t heads = (all_batches ? 1 : count) * (all_heads ? 1 : c.Hkv);
+  int64_t splits = heads && !all_keys ? (kBackwardItems + heads - 1) / heads : 1;
+  splits = smaller(splits, kPartialBytes / larger(1, rows * sizes.q_width * 4));
+  splits = larger(1, smaller(splits, blocks));
 
-// keep[0:128] for query (b, h, i) and kept keys j0 .. j0 + n
-void block_mask(const Dropout& dropout, const Keys& keys, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n,
-                int32_t* keep) {
-  const uint64_t row = (uint64_t)(b * keys.shape.H + h) << 32 | (uint64_t)i;
-  if (keys.all) {
-    dropout.keep_mask(row, j0 / kMaskGroup, keep);
-    return;
-  }
-  int32_t group_keep[kMaskGroup];
-  int64_t group = -1;
-  for (int64_t j = 0; j < n; j++) {
-    const int64_t key = keys.key(b, j0 + j);
-    if (key / kMaskGroup != group) dropout.keep_mask(row, group = key / kMaskGroup, group_keep);
-    keep[j] = group_keep[key % kMaskGroup];
-  }
+  const Buffer<float> dq_sums(splits * rows * sizes.q_width), delta(rows);
+  const Buffer<int32_t> active(rows);  // the queries of a head that take part, in order ...
+  const Buffer<int64_t> actives(count * c.H), diagonals(count + 1);  // ... and how many they are
+  diagonals[0] = 0;
+  for (int64_t n = 0; n < count; n++)
+    diagonals[n + 1] = diagonals[n] + (c.drelative ? attention.sequences[n].distances() : 0);
+  const Buffer<float> drelative(diagonals[count] * c.H * splits);
+  auto diagonals_of = [&](int64_t n, int64_t h, int64_t split) {
+    return drelative.p + diagonals[n] * c.H * splits + (h * splits + split) * (diagonals[n + 1] - diagonals[n]);
+  };
+
+  auto delta_of = [&](int64_t item, float* memory) {
+    const Sequence& sequence = attention.sequences[item / c.H];
+    const int64_t h = item % c.H;
+    float *do_row = memory, *o_row = memory + sizes.v_width;
+    int64_t found = 0;
+    for (int64_t i = 0; i < sequence.Sq; i++) {
+      const int64_t row = row_of(sequence, h, i);
+      load_padded(grad_o.row(c.dtype, sequence.b, h, sequence.q0 + i), c.dtype, c.Dv, do_row);
+      load_padded(o.row(c.dtype, sequence.b, h, sequence.q0 + i), c.dtype, c.Dv, o_row);
+      f32v sum{};
+      i32v nonzero{};
+      for (int64_t d = 0; d < sizes.v_width; d += W) {
+        sum += load(do_row + d) * load(o_row + d);
+        nonzero |= load(do_row + d) != 0.0f;
+      }
+      const float grad_lse = c.grad_lse ? c.grad_lse[row] : 0.0f;
+      delta[row] = horizontal_sum(sum) - grad_lse;
+      if (c.lse[row] != -INFINITY && (any(nonzero) || grad_lse != 0)) active[row_of(sequence, h, found++)] = (int32_t)i;
+    }
+    actives[item] = found;
+  };
+
+  // One key block against the queries of its heads.
+  auto block_of = [&](const Item& item, int64_t j0, const BackwardScratch& s) {
+    const Sequence& sequence = attention.sequences[item.sequence];
+    memset(s.dk, 0, 4 * kKeys * sizes.q_width);
+    memset(s.dv, 0, 4 * kKeys * sizes.v_width);
+    bool packed = false;
+    for (int64_t h = item.head * group; h < (item.head + 1) * group; h++) {
+      const int64_t queries = actives[item.sequence * c.H + h];
+      const int32_t* query = active.p + row_of(sequence, h, 0);
+      float* dq_rows = dq_sums.p + (item.part * rows + row_of(sequence, h, 0)) * sizes.q_width;
+      for (int64_t a0 = 0; a0 < queries; a0 += kQueries) {
+        const int64_t m = smaller(kQueries, queries - a0);
+        Tile tile;
+        for (int64_t t = 0; t < m; t++) tile.rows[t] = {h, query[a0 + t]};
+        const Columns columns = attention.columns(sequence, tile, m, j0, kPairs ? 2 * W : W);
+        if (columns.empty()) continue;
+        if (!packed) {
+          load_keys<kPairs>(v, c.dtype, sequence, item.head, j0, c.Dv, s.rows);
+          pack_transposed(s.rows, sizes.v_cells, s.v_t);
+          load_keys<kPairs>(k, c.dtype, sequence, item.head, j0, c.D, s.rows);
+          pack_transposed(s.rows, sizes.q_cells, s.k_t);
+          pack_depth<kPairs>(s.rows, sizes.q_cells, kKeys, sizes.q_width, s.k, kPanel, cells<kPairs>(kKeys) * kPanel);
+          packed = true;
+        }
+        const int64_t c0 = columns.begin, c1 = columns.end, depth = cells<kPairs>(m);
+        for (int64_t t = 0; t < m; t++) {
+          const int64_t i = sequence.q0 + query[a0 + t];
+          load_cells<kPairs>(q.row(c.dtype, sequence.b, h, i), c.dtype, c.D, s.q + t * sizes.q_cells);
+          load_cells<kPairs>(grad_o.row(c.dtype, sequence.b, h, i), c.dtype, c.Dv, s.grad_o + t * sizes.v_cells);
+        }
+        gemm<kPairs>(m, c1 - c0, cells<kPairs>(c.D), {s.q, sizes.q_cells, 1},
+                     packed_panels(s.k_t + c0 * sizes.q_cells, sizes.q_cells), s.p + c0, kKeys, false);
+        gemm<kPairs>(m, c1 - c0, cells<kPairs>(c.Dv), {s.grad_o, sizes.v_cells, 1},
+                     packed_panels(s.v_t + c0 * sizes.v_cells, sizes.v_cells), s.ds + c0, kKeys, false);
+        if (dropout.threshold) attention.keep(sequence, tile, m, j0, s.kept);
+        for (int64_t t = 0; t < m; t++) {
+          const int64_t row = row_of(sequence, h, query[a0 + t]);
+          float *p = s.p + t * kKeys, *ds = s.ds + t * kKeys;
+          const float factor = attention.prepare(sequence, tile.rows[t], tile.seen[t], j0, columns, p, s.slope);
+          const bool plain = attention.is_plain(tile.seen[t], columns);
+          const float lse = c.lse[row] * kLog2e, row_delta = delta[row];
+          const uint32_t* kept = dropout.threshold ? s.kept + t * kMaskPairs : nullptr;
+          for (int64_t j = c0; j < c1; j += W) {
+            const f32v weight = exp2(load(p + j) * factor - lse);
+            f32v dropped = weight, dp = load(ds + j);
+            if (kept) {
+              const i32v mask = Dropout::mask_of(kept, j);
+              dropped = (f32v)((i32v)weight & mask);
+              dp = (f32v)((i32v)dp & mask) * dropout.scale;
+            }
+            f32v dj = weight * (dp - row_delta);
+            if (!plain) dj = (f32v)((i32v)dj & (weight != 0.0f));  // NaN of a row reaches no key that it does not see
+            store(p + j, dropped);
+            store(ds + j, dj);
+          }
+          if (c.dbias || c.drelative) {
+            float* diagonal = c.drelative ? diagonals_of(item.sequence, h, item.part) : nullptr;
+            attention.add_bias_gradients(sequence, tile.rows[t], tile.seen[t], j0, ds, diagonal);
+          }
+          if (c.softcap)
+            for (int64_t j = c0; j < c1; j += W) store(ds + j, load(ds + j) * load(s.slope + j));
+        }
+        const int64_t n = smaller(c1, sequence.end - j0) - c0;
+        if constexpr (kPairs) {
+          if (m % 2)
+            for (float* row : {s.p, s.ds}) memset(row + m * kKeys, 0, 4 * kKeys);
+          for (int64_t t = 0; t < m; t += 2)
+            for (int64_t j = c0; j < c1; j += 2 * W) {
+              const float *p = s.p + t * kKeys + j, *ds = s.ds + t * kKeys + j;
+              const f32v d00 = load(ds), d01 = load(ds + W), d10 = load(ds + kKeys), d11 = load(ds + kKeys + W);
+              int32_t* of_p = (int32_t*)s.p_pairs + t / 2 * kKeys + j;
+              int32_t* of_ds = (int32_t*)s.ds_pairs + t / 2 * kKeys + j;
+              int32_t* ds_row = (int32_t*)s.ds_rows + (t * kKeys + j) / 2;
+              store(of_p, (i32v)pair_bfloat16(load(p), load(p + kKeys)));
+              store(of_p + W, (i32v)pair_bfloat16(load(p + W), load(p + kKeys + W)));
+              store(of_ds, (i32v)pair_bfloat16(d00, d10));
+              store(of_ds + W, (i32v)pair_bfloat16(d01, d11));
+              store(ds_row, (i32v)pair_neighbours(d00, d01));
+              store(ds_row + kKeys / 2, (i32v)pair_neighbours(d10, d11));
+            }
+          if (m % 2) {
+            memset(s.q + m * sizes.q_cells, 0, 4 * sizes.q_cells);
+            memset(s.grad_o + m * sizes.v_cells, 0, 4 * sizes.v_cells);
+          }
+          pack_depth<kPairs>(s.q, sizes.q_cells, 2 * depth, sizes.q_width, s.q_pairs, sizes.q_width, kPanel);
+          pack_depth<kPairs>(s.grad_o, sizes.v_cells, 2 * depth, sizes.v_width, s.grad_o_pairs, sizes.v_width, kPanel);
+        }
+        gemm<kPairs>(n, sizes.v_width, depth, {(kPairs ? s.p_pairs : s.p) + c0, 1, kKeys},
+                     plain_rows(kPairs ? s.grad_o_pairs : s.grad_o, sizes.v_width), s.dv + c0 * sizes.v_width,
+                     sizes.v_width, true);
+        gemm<kPairs>(n, sizes.q_width, depth, {(kPairs ? s.ds_pairs : s.ds) + c0, 1, kKeys},
+                     plain_rows(kPairs ? s.q_pairs : s.q, sizes.q_width), s.dk + c0 * sizes.q_width, sizes.q_width,
+                     true);
+        const Matrix ds = kPairs ? Matrix{s.ds_rows + c0 / 2, kKeys / 2, 1} : Matrix{s.ds + c0, kKeys, 1};
+        gemm<kPairs>(m, sizes.q_width, cells<kPairs>(c1 - c0), ds,
+                     {s.k + cells<kPairs>(c0) * kPanel, kPanel, cells<kPairs>(kKeys) * kPanel},
+                     dq_rows + a0 * sizes.q_width, sizes.q_width, true);
+      }
+    }
+    for (int64_t j = larger(j0, sequence.begin); j < smaller(j0 + kKeys, sequence.end); j++) {
+      const int64_t key = sequence.k0 + sequence.key(j);
+      scale_row(s.dk + (j - j0) * sizes.q_width, sizes.q_width, c.scale);
+      scale_row(s.dv + (j - j0) * sizes.v_width, sizes.v_width, dropout.scale);
+      store_row(dk.row(c.dtype, sequence.b, item.head, key), c.dtype, c.D, s.dk + (j - j0) * sizes.q_width);
+      store_row(dv.row(c.dtype, sequence.b, item.head, key), c.dtype, c.Dv, s.dv + (j - j0) * sizes.v_width);
+    }
+  };
+
+  auto head_of = [&](const Item& item, const BackwardScratch& s) {
+    const Sequence& sequence = attention.sequences[item.sequence];
+    for (int64_t h = item.head * group; h < (item.head + 1) * group; h++) {
+      memset(dq_sums.p + (item.part * rows + row_of(sequence, h, 0)) * sizes.q_width, 0,
+             4 * actives[item.sequence * c.H + h] * sizes.q_width);
+      memset(diagonals_of(item.sequence, h, item.part), 0,
+             4 * (diagonals[item.sequence + 1] - diagonals[item.sequence]));
+    }
+    const int64_t split_blocks = (sequence.blocks() + splits - 1) / splits;
+    const int64_t first = item.part * split_blocks * kKeys;
+    for (int64_t j0 = first; j0 < smaller(sequence.end, first + split_blocks * kKeys); j0 += kKeys)
+      block_of(item, j0, s);
+    if (item.part > 0) return;
+    memset(s.dk, 0, 4 * larger(sizes.q_width, sizes.v_width));  // keys that are not kept have no gradient
+    for (int64_t j = 0; j < sequence.Sk; j++)
+      if (!sequence.keeps(j)) {
+        store_row(dk.row(c.dtype, sequence.b, item.head, sequence.k0 + j), c.dtype, c.D, s.dk);
+        store_row(dv.row(c.dtype, sequence.b, item.head, sequence.k0 + j), c.dtype, c.Dv, s.dk);
+      }
+  };
+
+  Items items(larger(1, heads * splits));
+  for (int64_t n = 0; n < (all_batches ? smaller(count, 1) : count); n++)
+    for (int64_t split = 0; split < splits; split++)
+      for (int64_t head = 0; head < (all_heads ? 1 : c.Hkv); head++) {
+        // With causal the first keys are seen by the most queries.
+        const Sequence& sequence = attention.sequences[n];
+        const float share = c.right >= 0 ? 1 - (split + 0.5f) / splits : 1;
+        items.add({n, head, split}, share * (float)sequence.Sq * (float)(sequence.end - sequence.begin));
+      }
+  items.sort();
+
+  auto item_of = [&](int64_t number, float* memory) {
+    Arena arena{memory};
+    const BackwardScratch s(arena, sizes);
+    Item item = items[number];
+    for (int64_t n = item.sequence; n < (all_batches ? count : item.sequence + 1); n++)
+      for (int64_t head = item.head; head < (all_heads ? c.Hkv : item.head + 1); head++)
+        head_of({n, head, item.part}, s);
+  };
+
+  auto dq_of = [&](int64_t item, float* memory) {
+    const Sequence& sequence = attention.sequences[item / c.H];
+    const int64_t h = item % c.H;
+    for (int64_t i = 0, a = 0; i < sequence.Sq; i++) {
+      const int64_t row = row_of(sequence, h, a);
+      const bool is_active = a < actives[item] && active[row] == i;
+      for (int64_t d = 0; d < sizes.q_width; d += W) {
+        f32v sum{};
+        if (is_active)
+          for (int64_t split = 0; split < splits; split++)
+            sum += load(dq_sums.p + (split * rows + row) * sizes.q_width + d);
+        store(memory + d, sum * c.scale);
+      }
+      a += is_active;
+      store_row(dq.row(c.dtype, sequence.b, h, sequence.q0 + i), c.dtype, c.D, memory);
+    }
+  };
+
+  auto small_of = [&](int64_t h, float*) {
+    for (int64_t n = 0; n < count; n++) {
+      const Sequence& sequence = attention.sequences[n];
+      const int64_t length = diagonals[n + 1] - diagonals[n];
+      for (int64_t split = 0; split < splits && length; split++)
+        add_row(c.drelative + h * (2 * c.N - 1) + c.N - 1 + sequence.least_distance(), diagonals_of(n, h, split),
+                length);
+      if (!c.dsinks) continue;
+      for (int64_t i = 0; i < sequence.Sq; i++) {
+        const int64_t row = row_of(sequence, h, i);
+        if (c.lse[row] != -INFINITY) c.dsinks[h] -= exp2(splat((c.sinks[h] - c.lse[row]) * kLog2e))[0] * delta[row];
+      }
+    }
+  };
+
+  parallel(threads, larger(scratch_of<BackwardScratch>(sizes), 2 * sizes.v_width), Phase{count * c.H, delta_of},
+           Phase{items.count, item_of}, Phase{count * c.H, dq_of}, Phase{c.drelative || c.dsinks ? c.H : 0, small_of});
 }
 
 }  // namespace
 
-void flash_attention_forward(const FlashAttention& c, int threads) {
-  const Tensor q(c.q, c.q_stride), k(c.k, c.k_stride), v(c.v, c.v_stride), o(c.o, c.o_stride);
-  const int64_t B = c.B, H = c.H, Hkv = c.Hkv, Sq = c.Sq, Sk = c.Sk, D = c.D, keep_row = c.keep_row;
-  const uint8_t* keep = c.keep;
-  const float scale = c.scale;
-  const bool causal = c.right == 0;
-  const double dropout_p = c.dropout_p;
-  const uint64_t seed = c.seed;
-  const int dtype = c.dtype;
-  float* lse = c.lse;
-  const Shape shape{B, H, Hkv, Sq, Sk, D};
-  const Keys keys(shape, keep, keep_row, causal);
-  const Dropout dropout = Dropout::make(dropout_p, seed);
-  const int64_t width = padded(D), group = shape.group();
-  const int64_t chunk = larger(1, kItemQueries / group / kQueries) * kQueries;  // queries per head of an item
-  const int64_t chunks = (Sq + chunk - 1) / chunk;
-  const int64_t rows = group * smaller(chunk, Sq), block = kKeys * panels(D) * kPanel;
-
-  auto item_of = [&](int64_t item, float* scratch) {
-    // With causal the last queries see the most keys: they come first.
-    const int64_t b = item % B, head = item / B % Hkv, i0 = (chunks - 1 - item / (B * Hkv)) * chunk;
-    const int64_t queries = smaller(chunk, Sq - i0);
-    float* key_rows = scratch;
-    float* k_t = key_rows + kKeys * width;
-    float* v_panels = k_t + kKeys * width;
-    float* scores = v_panels + block;
-    float* q_rows = scores + kQueries * kKeys;  // [group, queries, width], times scale log2(e)
-    float* sums = q_rows + rows * width;        // [group, queries, width]
-    float* largest = sums + rows * width;       // [group, queries] row maxima
-    float* total = largest + rows;              // [group, queries] row sums
-
-    for (int64_t r = 0; r < group * queries; r++) {
-      float* row = q_rows + r * width;
-      load_row(q.row(dtype, b, head * group + r / queries, i0 + r % queries), dtype, D, row);
-      for (int64_t d = 0; d < D; d++) row[d] *= scale * kLog2e;
-      memset(sums + r * width, 0, 4 * width);
-      largest[r] = -INFINITY;
-      total[r] = 0;
-    }
-
-    const int64_t seen_by_last = keys.seen(b, i0 + queries - 1);
-    for (int64_t j0 = 0; j0 < seen_by_last; j0 += kKeys) {
-      const int64_t n = smaller(kKeys, seen_by_last - j0);
-      load_keys(k, dtype, keys, b, head, j0, n, key_rows);
-      pack_transposed(key_rows, width, k_t);
-      load_keys(v, dtype, keys, b, head, j0, n, key_rows);
-      pack_rows(key_rows, width, v_panels);
-
-      for (int64_t r0 = 0; r0 < group * queries;) {
-        const int64_t first = r0 % queries, tile = smaller(kQueries, queries - first);  // within one head
-        const int64_t h = head * group + r0 / queries;
-        const int64_t tile_keys = smaller(n, keys.seen(b, i0 + first + tile - 1) - j0);
-        if (tile_keys > 0) {
-          gemm(tile, padded(tile_keys), D, {q_rows + r0 * width, width, 1}, packed_panels(k_t, width), scores, kKeys,
-               false);
-          for (int64_t t = 0; t < tile; t++) {
-            const int64_t r = r0 + t, i = i0 + first + t, row_keys = smaller(n, keys.seen(b, i) - j0);
-            float* s = scores + t * kKeys;
-            for (int64_t j = larger(0, row_keys); j < padded(tile_keys); j++) s[j] = -INFINITY;
-            f32v row_max = splat(-INFINITY);
-            for (int64_t j = 0; j < tile_keys; j += W) row_max = max(row_max, load(s + j));
-            const float block_max = horizontal_max(row_max);
-            const float new_max = block_max > largest[r] || block_max != block_max ? block_max : largest[r];
-            if (new_max == -INFINITY) {  // the row sees nothing so far
-              for (int64_t j = 0; j < padded(tile_keys); j++) s[j] = 0;
-              continue;
-            }
-            f32v row_sum{};
-            for (int64_t j = 0; j < tile_keys; j += W) {
-              f32v p = exp2(load(s + j) - new_max);
-              p = j + W <= row_keys ? p : (f32v)((i32v)p & (lane_index() + (int32_t)j < (int32_t)row_keys));
-              row_sum += p;
-              store(s + j, p);
-            }
-            const float rescale = largest[r] == new_max ? 1.0f : exp2(splat(largest[r] - new_max))[0];
-            total[r] = total[r] * rescale + horizontal_sum(row_sum);
-            if (rescale != 1.0f)
-              for (int64_t d = 0; d < width; d += W) store(sums + r * width + d, load(sums + r * width + d) * rescale);
-            largest[r] = new_max;
-            if (dropout.threshold) {
-              int32_t kept[kMaskGroup];
-              block_mask(dropout, keys, b, h, i, j0, tile_keys, kept);
-              for (int64_t j = 0; j < tile_keys; j += W) store(s + j, (f32v)((i32v)load(s + j) & load(kept + j)));
-            }
-          }
-          gemm(tile, width, tile_keys, {scores, kKeys, 1}, packed_panels(v_panels, kKeys), sums + r0 * width, width,
-               true);
-        }
-        r0 += tile;
-      }
-    }
-
-    for (int64_t r = 0; r < group * queries; r++) {
-      const int64_t h = head * group + r / queries, i = i0 + r % queries;
-      float* row = sums + r * width;
-      const float inverse = total[r] == 0 ? 0.0f : dropout.scale / total[r];
-      for (int64_t d = 0; d < width; d += W) store(row + d, load(row + d) * inverse);
-      store_row(o.row(dtype, b, h, i), dtype, D, row);
-      lse[(b * H + h) * Sq + i] = total[r] == 0 ? -INFINITY : largest[r] * kLn2 + logf(total[r]);
-    }
-  };
-  const int64_t scratch = 2 * kKeys * width + block + kQueries * kKeys + rows * (2 * width + 2);
-  parallel(threads, scratch, Phase{B * Hkv * chunks, item_of});
+void flash_attention_forward(const FlashAttention& call, int threads) {
+  (kDotBFloat16 && call.dtype == kBFloat16 ? forward<true> : forward<false>)(call, threads);
 }
 
-void flash_attention_backward(const FlashAttention& c, int threads) {
-  const Tensor q(c.q, c.q_stride), k(c.k, c.k_stride), v(c.v, c.v_stride), o(c.o, c.o_stride),
-      grad_o(c.grad_o, c.grad_o_stride), dq(c.dq, c.dq_stride), dk(c.dk, c.dk_stride), dv(c.dv, c.dv_stride);
-  const int64_t B = c.B, H = c.H, Hkv = c.Hkv, Sq = c.Sq, Sk = c.Sk, D = c.D, keep_row = c.keep_row;
-  const uint8_t* keep = c.keep;
-  const float scale = c.scale;
-  const bool causal = c.right == 0;
-  const double dropout_p = c.dropout_p;
-  const uint64_t seed = c.seed;
-  const int dtype = c.dtype;
-  float* lse = c.lse;
-  const Shape shape{B, H, Hkv, Sq, Sk, D};
-  const Keys keys(shape, keep, keep_row, causal);
-  const Dropout dropout = Dropout::make(dropout_p, seed);
-  const int64_t width = padded(D), group = shape.group(), blocks = (Sk + kKeys - 1) / kKeys;
-  // Key blocks of a head are cut into `splits` items, by shape alone so that results do not depend on the threads. Each
-  // sums dq over its own blocks; the sums are added up in order at the end.
-  const int64_t heads = B * Hkv;
-  const int64_t splits = heads ? larger(1, smaller(blocks, (kBackwardItems + heads - 1) / heads)) : 1;
-  const int64_t split_blocks = (blocks + splits - 1) / splits;
-  const int64_t dq_size = B * H * Sq * width;
-  const Buffer<float> dq_sums(splits * dq_size), delta(B * H * Sq);
-
-  auto delta_of = [&](int64_t item, float* scratch) {
-    const int64_t b = item / H, h = item % H;
-    for (int64_t i = 0; i < Sq; i++) {
-      load_row(grad_o.row(dtype, b, h, i), dtype, D, scratch);
-      load_row(o.row(dtype, b, h, i), dtype, D, scratch + width);
-      f32v sum{};
-      for (int64_t d = D; d < width; d++) scratch[d] = scratch[width + d] = 0;
-      for (int64_t d = 0; d < width; d += W) sum += load(scratch + d) * load(scratch + width + d);
-      delta[item * Sq + i] = horizontal_sum(sum);
-    }
-  };
-
-  const int64_t block = kKeys * panels(D) * kPanel;
-  auto item_of = [&](int64_t item, float* scratch) {
-    // With causal the first keys are seen by the most queries: they come first.
-    const int64_t b = item % B, head = item / B % Hkv, split = item / heads;
-    float* key_rows = scratch;
-    float* k_t = key_rows + kKeys * width;
-    float* v_t = k_t + kKeys * width;
-    float* k_panels = v_t + kKeys * width;
-    float* dk_rows = k_panels + block;
-    float* dv_rows = dk_rows + kKeys * width;
-    float* q_rows = dv_rows + kKeys * width;  // times scale log2(e)
-    float* do_rows = q_rows + kBackwardQueries * width;
-    float* p = do_rows + kBackwardQueries * width;
-    float* ds = p + kBackwardQueries * kKeys;
-    float* dq_sum = dq_sums.p + split * dq_size;
-    memset(dq_sum + (b * H + head * group) * Sq * width, 0, 4 * group * Sq * width);
-
-    const int64_t kept = keys.kept(b);
-    for (int64_t j0 = split * split_blocks * kKeys; j0 < smaller(kept, (split + 1) * split_blocks * kKeys);
-         j0 += kKeys) {
-      const int64_t n = smaller(kKeys, kept - j0);
-      load_keys(v, dtype, keys, b, head, j0, n, key_rows);
-      pack_transposed(key_rows, width, v_t);
-      load_keys(k, dtype, keys, b, head, j0, n, key_rows);
-      pack_transposed(key_rows, width, k_t);
-      pack_rows(key_rows, width, k_panels);
-      memset(dk_rows, 0, 4 * kKeys * width);
-      memset(dv_rows, 0, 4 * kKeys * width);
-
-      for (int64_t h = head * group; h < (head + 1) * group; h++)
-        for (int64_t i0 = 0; i0 < Sq; i0 += kBackwardQueries) {
-          const int64_t tile = smaller(kBackwardQueries, Sq - i0);
-          const int64_t tile_keys = smaller(n, keys.seen(b, i0 + tile - 1) - j0);
-          if (tile_keys <= 0) continue;
-          for (int64_t t = 0; t < tile; t++) {
-            float* q_row = q_rows + t * width;
-            float* do_row = do_rows + t * width;
-            load_row(q.row(dtype, b, h, i0 + t), dtype, D, q_row);
-            load_row(grad_o.row(dtype, b, h, i0 + t), dtype, D, do_row);
-            for (int64_t d = 0; d < D; d++) q_row[d] *= scale * kLog2e;
-            for (int64_t d = D; d < width; d++) q_row[d] = do_row[d] = 0;
-          }
-          gemm(tile, padded(tile_keys), D, {q_rows, width, 1}, packed_panels(k_t, width), p, kKeys, false);
-          gemm(tile, padded(tile_keys), D, {do_rows, width, 1}, packed_panels(v_t, width), ds, kKeys, false);
-          for (int64_t t = 0; t < tile; t++) {
-            const int64_t i = i0 + t, row_keys = smaller(tile_keys, keys.seen(b, i) - j0);
-            const float row_lse = lse[(b * H + h) * Sq + i] * kLog2e, row_delta = delta[(b * H + h) * Sq + i];
-            int32_t row_keep[kMaskGroup];
-            if (dropout.threshold && row_keys > 0) block_mask(dropout, keys, b, h, i, j0, row_keys, row_keep);
-            for (int64_t j = 0; j < padded(tile_keys); j += W) {
-              float* pj = p + t * kKeys + j;
-              float* dsj = ds + t * kKeys + j;
-              if (j >= row_keys) {
-                store(pj, f32v{});
-                store(dsj, f32v{});
-                continue;
-              }
-              f32v prob = exp2(load(pj) - row_lse), dp = load(dsj);
-              if (j + W > row_keys) {
-                const i32v seen = lane_index() + (int32_t)j < (int32_t)row_keys;
-                prob = (f32v)((i32v)prob & seen);
-                dp = (f32v)((i32v)dp & seen);
-              }
-              f32v dropped = prob;
-              if (dropout.threshold) {
-                const i32v kept_lanes = load(row_keep + j);
-                dropped = (f32v)((i32v)prob & kept_lanes);
-                dp = (f32v)((i32v)dp & kept_lanes) * dropout.scale;
-              }
-              store(pj, dropped);
-              store(dsj, prob * (dp - row_delta));
-            }
-          }
-          gemm(tile_keys, width, tile, {p, 1, kKeys}, plain_rows(do_rows, width), dv_rows, width, true);
-          gemm(tile_keys, width, tile, {ds, 1, kKeys}, plain_rows(q_rows, width), dk_rows, width, true);
-          gemm(tile, width, tile_keys, {ds, kKeys, 1}, packed_panels(k_panels, kKeys),
-               dq_sum + ((b * H + h) * Sq + i0) * width, width, true);
-        }
-
-      // q_rows carry scale log2(e), of which dk wants scale only.
-      for (int64_t j = 0; j < n; j++) {
-        for (int64_t d = j * width; d < (j + 1) * width; d += W) {
-          store(dk_rows + d, load(dk_rows + d) * kLn2);
-          store(dv_rows + d, load(dv_rows + d) * dropout.scale);
-        }
-        store_row(dk.row(dtype, b, head, keys.key(b, j0 + j)), dtype, D, dk_rows + j * width);
-        store_row(dv.row(dtype, b, head, keys.key(b, j0 + j)), dtype, D, dv_rows + j * width);
-      }
-    }
-    // Keys that are not kept have no gradient.
-    if (split == 0 && !keys.all) {
-      memset(dk_rows, 0, 4 * width);
-      for (int64_t j = 0; j < Sk; j++)
-        if (keys.kept_before(b, j) == keys.kept_before(b, j + 1)) {
-          store_row(dk.row(dtype, b, head, j), dtype, D, dk_rows);
-          store_row(dv.row(dtype, b, head, j), dtype, D, dk_rows);
-        }
-    }
-  };
-
-  auto dq_of = [&](int64_t item, float* scratch) {
-    for (int64_t i = 0; i < Sq; i++) {
-      for (int64_t d = 0; d < width; d += W) {
-        f32v sum{};
-        for (int64_t split = 0; split < splits; split++)
-          sum += load(dq_sums.p + split * dq_size + (item * Sq + i) * width + d);
-        store(scratch + d, sum * scale);
-      }
-      store_row(dq.row(dtype, item / H, item % H, i), dtype, D, scratch);
-    }
-  };
-  const int64_t scratch = 5 * kKeys * width + block + kBackwardQueries * (2 * width + 2 * kKeys);
-  parallel(threads, scratch, Phase{B * H, delta_of}, Phase{heads * splits, item_of}, Phase{B * H, dq_of});
+void flash_attention_backward(const FlashAttention& call, int threads) {
+  (kDotBFloat16 && call.dtype == kBFloat16 ? backward<true> : backward<false>)(call, threads);
 }
 
 }  // namespace fusetune::cpu::FUSETUNE_LEVEL

@@ -119,13 +119,12 @@ FUSETUNE_INLINE float horizontal_max(f32v v) {
   return m;
 }
 
-// 2^x for x <= 127, floored at 2^-126; NaN stays NaN. Relative error < 1.2e-7 (swept in tests/test_flash_attention.py).
+// 2^x for x <= 127, 0 below 2^-126; NaN stays NaN. Relative error < 1.2e-7 (swept in tests/test_flash_attention.py).
 // x = n + f, n an integer and |f| <= 1/2: 2^f by its minimax polynomial of degree 6 (2.0e-9), 2^n into the exponent.
 FUSETUNE_INLINE f32v exp2(f32v x) {
-  x = max(splat(-126.0f), x);
-  const f32v shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  f32v n = (x + shift) - shift;
-  f32v f = x - n;
+  const f32v least = splat(-126.0f), shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const f32v bounded = max(least, x), shifted = bounded + shift;
+  const f32v f = bounded - (shifted - shift);
   f32v p = splat(0x1.41fbbcp-13f);
   p = p * f + 0x1.5f3e54p-10f;
   p = p * f + 0x1.3b2d4cp-7f;
@@ -133,8 +132,28 @@ FUSETUNE_INLINE f32v exp2(f32v x) {
   p = p * f + 0x1.ebfbdcp-3f;
   p = p * f + 0x1.62e430p-1f;
   p = p * f + 1.0f;
-  i32v exponent = (i32v)((u32v) __builtin_convertvector(n, i32v) << 23);
-  return (f32v)((i32v)p + exponent);
+  const i32v exponent = (i32v)((u32v)shifted << 23);  // the integer is in the lowest bits
+#if FUSETUNE_X86 && defined(__AVX512F__)
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)least, _CMP_NLT_UQ);
+  return (f32v)_mm512_maskz_add_epi32(normal, (__m512i)p, (__m512i)exponent);
+#else
+  return (f32v)(((i32v)p + exponent) & ~(x < least));
+#endif
+}
+
+// tanh(x), relative error < 3e-7. Below 0.625 x + x^3 P(x^2), P fitted to that interval; above, 1 - 2/(1 + e^2x).
+FUSETUNE_INLINE f32v tanh(f32v x) {
+  const f32v a = (f32v)((i32v)x & 0x7FFFFFFF), z = x * x;
+  f32v p = splat(0x1.2c7d78p-9f);
+  p = p * z - 0x1.1168b4p-7f;
+  p = p * z + 0x1.64a94p-6f;
+  p = p * z - 0x1.ba08c2p-5f;
+  p = p * z + 0x1.1110eap-3f;
+  p = p * z - 0x1.555556p-2f;
+  const f32v small = x + x * (z * p);
+  const f32v e = exp2(a * -0x1.715476p+1f);  // e^-2a
+  const f32v large = (f32v)((i32v)((1.0f - e) / (1.0f + e)) | ((i32v)x & (int32_t)0x80000000));
+  return a < 0.625f ? small : large;
 }
 
 // The lower 32 bits of each 64-bit lane, times m.
@@ -164,6 +183,10 @@ FUSETUNE_INLINE u16v narrow(u32v v) {
 #endif
 }
 
+FUSETUNE_INLINE bool any(i32v mask) {  // of 0 and -1
+  i32v zero{};
+  return memcmp(&mask, &zero, sizeof zero) != 0;
+}
 FUSETUNE_INLINE bool any_nan(f32v v) {
 #if FUSETUNE_X86 && defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
@@ -207,6 +230,17 @@ FUSETUNE_INLINE u32v pair_bfloat16(f32v first, f32v second) {
   const u32v a = rounded_to_bfloat16(first) | ((u32v)(first != first) & 0x7FC00000u);
   const u32v b = rounded_to_bfloat16(second) | ((u32v)(second != second) & 0x7FC00000u);
   return a >> 16 | (b & 0xFFFF0000u);
+}
+// The same of 2 W neighbours in a row, x and then y: pairs (x0, x1), (x2, x3), ...
+FUSETUNE_INLINE u32v pair_neighbours(f32v x, f32v y) {
+#if FUSETUNE_X86 && defined(__AVX512BF16__)
+  return (u32v)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x);
+#else
+  u16v halves[2] = {to_bfloat16(x), to_bfloat16(y)};
+  u32v pairs;
+  memcpy(&pairs, halves, sizeof pairs);
+  return pairs;
+#endif
 }
 
 FUSETUNE_INLINE f32v from_float16(u16v v) {

@@ -42,7 +42,9 @@ class Arguments(NamedTuple):
 
 
 @overload
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Any) -> Tensor: ...
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Any
+) -> Tensor: ...
 @overload
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Any
@@ -234,7 +236,7 @@ def _reference_of_batch(
     logits = logits.masked_fill(~seen, -math.inf)
     if a.sinks is not None:
         logits = torch.cat([logits, a.sinks.to(logits.dtype)[:, None, None].expand(B, H, Sq, 1)], dim=-1)
-        seen = torch.cat([seen, torch.ones_like(seen[..., :1])], dim=-1)
+        seen = torch.cat([seen, seen.new_ones(B, H, Sq, 1)], dim=-1)
     # softmax of a row of -inf is NaN: such rows are given zeros and cut from the graph instead
     empty = ~seen.any(-1, keepdim=True)
     logits = logits.masked_fill(empty, 0)
@@ -324,7 +326,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, a: Arguments, softcap: float | None,
         NotImplementedError,
         f"{_OP}: head dimension must be at most {MAX_HEAD_DIM}, got {largest}",
     )
-    check(align in ("bottom_right", "top_left"), ValueError, f"{_OP}: align must be bottom_right or top_left, got {align}")
+    check(
+        align in ("bottom_right", "top_left"), ValueError, f"{_OP}: align must be bottom_right or top_left, got {align}"
+    )
     check(math.isfinite(a.scale), ValueError, f"{_OP}: scale must be finite, got {a.scale}")
     check(
         softcap is None or 0 < softcap < math.inf,
@@ -355,9 +359,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, a: Arguments, softcap: float | None,
     _check_starts(q, k, a)
 
 
-def _check_tensor(
-    name: str, tensor: Tensor, dtypes: Any, shape: list[int | str], device: torch.device
-) -> None:
+def _check_tensor(name: str, tensor: Tensor, dtypes: Any, shape: list[int | str], device: torch.device) -> None:
     check_dtype(_OP, name, tensor, dtypes)
     check_shape(_OP, name, tensor, shape)
     check_device(_OP, name, tensor, device)
@@ -468,7 +470,11 @@ def _backward(
         triton_attention.backward(grad_o, grad_lse, q, k, v, a, o, lse, *gradients)
     else:
         call = _call(q, k, v, a, o, lse)
-        call.grad_o, call.grad_o_stride, call.grad_lse = grad_o.data_ptr(), grad_o.stride()[:3], _native.address(grad_lse)
+        call.grad_o, call.grad_o_stride, call.grad_lse = (
+            grad_o.data_ptr(),
+            grad_o.stride()[:3],
+            _native.address(grad_lse),
+        )
         call.dq, call.dk, call.dv = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
         call.dq_stride, call.dk_stride, call.dv_stride = dq.stride()[:3], dk.stride()[:3], dv.stride()[:3]
         if needed[0]:
