@@ -20,7 +20,8 @@
 // Who sees whom. Query i stands at position i + Sk - Sq among the keys (aligned at the bottom right), or at i (top left).
 // It sees key j if position - left <= j <= position + right (causal is right = 0), keep[b, j], and mask[b, h, i, j]. A
 // query that sees none and has no sink has o = 0, lse = -inf and takes no part in the gradients; one whose s is -inf
-// everywhere is such a query too.
+// everywhere is such a query too. One that large finite numbers hide from all keys averages them, as their sum has it;
+// where lse < kHidden, float32 holds lse too coarsely for P, and the query takes no part in the gradients either.
 //
 // Packed sequences. With q_starts and k_starts, [members + 1] and never decreasing, member m is the queries
 // q_starts[m] .. q_starts[m + 1] and the keys likewise, each with positions of its own; B is 1, Sq and Sk are the
@@ -52,6 +53,8 @@ struct Strides {
 struct MaskStrides {
   int64_t b, h, q, k;
 };
+
+constexpr float kHidden = -1e5f;
 
 // The arguments of a call; forward reads none of the last block. Null stands for what is absent.
 struct FlashAttention {

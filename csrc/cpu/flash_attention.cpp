@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kItemQueries = 240;       // rows of q for which a forward item packs k and v
 constexpr int64_t kBackwardItems = 32;      // a backward pass is cut into at least so many items where it can be
+constexpr int64_t kScoreRows = 24;          // rows of a tile whose scores are computed at once: they stay in L1
 constexpr int64_t kPartialBytes = 1 << 28;  // at most so much is spent on partial sums of dq
 constexpr float kSlack = 8;  // a maximum may be exceeded so far, in powers of 2, before a row's sums are rescaled
 
@@ -81,7 +82,9 @@ void forward(const FlashAttention& c, int threads) {
   const Dropout& dropout = attention.dropout;
   const Sizes sizes = Sizes::of<kPairs>(c);
   const int64_t group = c.H / c.Hkv, q_depth = cells<kPairs>(c.D);
-  const int64_t chunk = larger(1, kItemQueries / group / kQueries) * kQueries;  // queries per head of an item
+  // An item takes so many queries of each head of its group: about kItemQueries rows, the same in all of a head.
+  const int64_t parts = larger(1, c.Sq * group / kItemQueries);
+  const int64_t chunk = larger(1, (c.Sq + parts * kQueries - 1) / (parts * kQueries)) * kQueries;
   const Tensor q(c.q, c.q_stride), k(c.k, c.k_stride), v(c.v, c.v_stride), o(c.o, c.o_stride);
 
   Items items(attention.chunks(chunk) * c.Hkv);
@@ -124,7 +127,11 @@ void forward(const FlashAttention& c, int threads) {
       for (int64_t r0 = 0, m; r0 < rows; r0 += m) {
         m = smaller(tile_rows, queries >= kQueries ? queries - r0 % queries : rows - r0);
         Tile tile;
-        for (int64_t t = 0; t < m; t++) tile.rows[t] = {head_of(r0 + t), query_of(r0 + t)};
+        Row row{head_of(r0), query_of(r0)};
+        for (int64_t t = 0; t < m; t++) {
+          tile.rows[t] = row;
+          if (++row.query == i0 + queries) row = {row.head + 1, i0};
+        }
         const Columns columns = attention.columns(sequence, tile, m, j0, kPairs ? 2 * W : W);
         if (columns.empty()) continue;
         const int64_t c0 = columns.begin, c1 = columns.end;
@@ -133,10 +140,10 @@ void forward(const FlashAttention& c, int threads) {
         if (dropout.threshold) attention.keep(sequence, tile, m, j0, s.kept);
         for (int64_t t = 0; t < m; t++) {
           const int64_t r = r0 + t;
-          float* row = s.scores + t * kKeys;
-          const float factor = attention.prepare(sequence, tile.rows[t], tile.seen[t], j0, columns, row, nullptr);
+          float* x = s.scores + t * kKeys;
+          const float factor = attention.prepare(sequence, tile.rows[t], tile.seen[t], j0, columns, x, nullptr);
           f32v row_max = splat(-INFINITY);
-          for (int64_t j = c0; j < c1; j += W) row_max = max(row_max, load(row + j) * factor);
+          for (int64_t j = c0; j < c1; j += W) row_max = max(row_max, load(x + j) * factor);
           const float block_max = horizontal_max(row_max);
           float rescale = 1;
           if (s.largest[r] == -INFINITY || !(block_max <= s.largest[r] + kSlack)) {
@@ -146,7 +153,7 @@ void forward(const FlashAttention& c, int threads) {
           const float base = s.largest[r] == -INFINITY ? 0.0f : s.largest[r];  // of a row that sees nothing so far
           const uint32_t* kept = dropout.threshold ? s.kept + t * kMaskPairs : nullptr;
           auto weight = [&](int64_t j, f32v& sum) {
-            f32v p = exp2(load(row + j) * factor - base);
+            f32v p = exp2(load(x + j) * factor - base);
             sum += p;
             return kept ? (f32v)((i32v)p & Dropout::mask_of(kept, j)) : p;
           };
@@ -157,7 +164,7 @@ void forward(const FlashAttention& c, int threads) {
               store((int32_t*)s.p + (t * kKeys + j) / 2, (i32v)pair_neighbours(a, b));
             }
           else
-            for (int64_t j = c0; j < c1; j += W) store(row + j, weight(j, sum));
+            for (int64_t j = c0; j < c1; j += W) store(x + j, weight(j, sum));
           s.total[r] = s.total[r] * rescale + horizontal_sum(sum + other);
           if (rescale != 1.0f) scale_row(s.sums + r * sizes.v_width, sizes.v_width, rescale);
         }
@@ -249,26 +256,51 @@ void backward(const FlashAttention& c, int threads) {
     return drelative.p + diagonals[n] * c.H * splits + (h * splits + split) * (diagonals[n + 1] - diagonals[n]);
   };
 
-  auto delta_of = [&](int64_t item, float* memory) {
+  auto delta_of = [&](int64_t item, float*) {
     const Sequence& sequence = attention.sequences[item / c.H];
     const int64_t h = item % c.H;
-    float *do_row = memory, *o_row = memory + sizes.v_width;
     int64_t found = 0;
     for (int64_t i = 0; i < sequence.Sq; i++) {
       const int64_t row = row_of(sequence, h, i);
-      load_padded(grad_o.row(c.dtype, sequence.b, h, sequence.q0 + i), c.dtype, c.Dv, do_row);
-      load_padded(o.row(c.dtype, sequence.b, h, sequence.q0 + i), c.dtype, c.Dv, o_row);
-      f32v sum{};
-      i32v nonzero{};
-      for (int64_t d = 0; d < sizes.v_width; d += W) {
-        sum += load(do_row + d) * load(o_row + d);
-        nonzero |= load(do_row + d) != 0.0f;
-      }
+      const void* grad = grad_o.row(c.dtype, sequence.b, h, sequence.q0 + i);
+      const Product product = dot_rows(grad, o.row(c.dtype, sequence.b, h, sequence.q0 + i), c.dtype, c.Dv);
       const float grad_lse = c.grad_lse ? c.grad_lse[row] : 0.0f;
-      delta[row] = horizontal_sum(sum) - grad_lse;
-      if (c.lse[row] != -INFINITY && (any(nonzero) || grad_lse != 0)) active[row_of(sequence, h, found++)] = (int32_t)i;
+      delta[row] = product.sum - grad_lse;
+      if (!(c.lse[row] < kHidden) && (product.nonzero || grad_lse != 0))
+        active[row_of(sequence, h, found++)] = (int32_t)i;
     }
     actives[item] = found;
+  };
+
+  // Turns row t of a tile's q k^T and do v^T into P . Z and dt.
+  auto gradients_of_row = [&](const Item& item, const Tile& tile, int64_t t, int64_t j0, Columns columns,
+                              const BackwardScratch& s, float* p, float* ds) {
+    const Sequence& sequence = attention.sequences[item.sequence];
+    const Row at = tile.rows[t];
+    const int64_t row = row_of(sequence, at.head, at.query);
+    const float factor = attention.prepare(sequence, at, tile.seen[t], j0, columns, p, s.slope);
+    const bool plain = attention.is_plain(tile.seen[t], columns);
+    const float lse = c.lse[row] * kLog2e, row_delta = delta[row];
+    const uint32_t* kept = dropout.threshold ? s.kept + t * kMaskPairs : nullptr;
+    for (int64_t j = columns.begin; j < columns.end; j += W) {
+      const f32v weight = exp2(load(p + j) * factor - lse);
+      f32v dropped = weight, dp = load(ds + j);
+      if (kept) {
+        const i32v mask = Dropout::mask_of(kept, j);
+        dropped = (f32v)((i32v)weight & mask);
+        dp = (f32v)((i32v)dp & mask) * dropout.scale;
+      }
+      f32v dj = weight * (dp - row_delta);
+      if (!plain) dj = (f32v)((i32v)dj & (weight != 0.0f));  // NaN of a row reaches no key that it does not see
+      store(p + j, dropped);
+      store(ds + j, dj);
+    }
+    if (c.dbias || c.drelative) {
+      float* diagonal = c.drelative ? diagonals_of(item.sequence, at.head, item.part) : nullptr;
+      attention.add_bias_gradients(sequence, at, tile.seen[t], j0, ds, diagonal);
+    }
+    if (c.softcap)
+      for (int64_t j = columns.begin; j < columns.end; j += W) store(ds + j, load(ds + j) * load(s.slope + j));
   };
 
   // One key block against the queries of its heads.
@@ -301,63 +333,36 @@ void backward(const FlashAttention& c, int threads) {
           load_cells<kPairs>(q.row(c.dtype, sequence.b, h, i), c.dtype, c.D, s.q + t * sizes.q_cells);
           load_cells<kPairs>(grad_o.row(c.dtype, sequence.b, h, i), c.dtype, c.Dv, s.grad_o + t * sizes.v_cells);
         }
-        gemm<kPairs>(m, c1 - c0, cells<kPairs>(c.D), {s.q, sizes.q_cells, 1},
-                     packed_panels(s.k_t + c0 * sizes.q_cells, sizes.q_cells), s.p + c0, kKeys, false);
-        gemm<kPairs>(m, c1 - c0, cells<kPairs>(c.Dv), {s.grad_o, sizes.v_cells, 1},
-                     packed_panels(s.v_t + c0 * sizes.v_cells, sizes.v_cells), s.ds + c0, kKeys, false);
         if (dropout.threshold) attention.keep(sequence, tile, m, j0, s.kept);
-        for (int64_t t = 0; t < m; t++) {
-          const int64_t row = row_of(sequence, h, query[a0 + t]);
-          float *p = s.p + t * kKeys, *ds = s.ds + t * kKeys;
-          const float factor = attention.prepare(sequence, tile.rows[t], tile.seen[t], j0, columns, p, s.slope);
-          const bool plain = attention.is_plain(tile.seen[t], columns);
-          const float lse = c.lse[row] * kLog2e, row_delta = delta[row];
-          const uint32_t* kept = dropout.threshold ? s.kept + t * kMaskPairs : nullptr;
-          for (int64_t j = c0; j < c1; j += W) {
-            const f32v weight = exp2(load(p + j) * factor - lse);
-            f32v dropped = weight, dp = load(ds + j);
-            if (kept) {
-              const i32v mask = Dropout::mask_of(kept, j);
-              dropped = (f32v)((i32v)weight & mask);
-              dp = (f32v)((i32v)dp & mask) * dropout.scale;
-            }
-            f32v dj = weight * (dp - row_delta);
-            if (!plain) dj = (f32v)((i32v)dj & (weight != 0.0f));  // NaN of a row reaches no key that it does not see
-            store(p + j, dropped);
-            store(ds + j, dj);
-          }
-          if (c.dbias || c.drelative) {
-            float* diagonal = c.drelative ? diagonals_of(item.sequence, h, item.part) : nullptr;
-            attention.add_bias_gradients(sequence, tile.rows[t], tile.seen[t], j0, ds, diagonal);
-          }
-          if (c.softcap)
-            for (int64_t j = c0; j < c1; j += W) store(ds + j, load(ds + j) * load(s.slope + j));
+        if (kPairs && m % 2) {  // a row of zeros completes the last pair
+          memset(s.q + m * sizes.q_cells, 0, 4 * sizes.q_cells);
+          memset(s.grad_o + m * sizes.v_cells, 0, 4 * sizes.v_cells);
         }
-        const int64_t n = smaller(c1, sequence.end - j0) - c0;
-        if constexpr (kPairs) {
-          if (m % 2)
-            for (float* row : {s.p, s.ds}) memset(row + m * kKeys, 0, 4 * kKeys);
-          for (int64_t t = 0; t < m; t += 2)
-            for (int64_t j = c0; j < c1; j += 2 * W) {
-              const float *p = s.p + t * kKeys + j, *ds = s.ds + t * kKeys + j;
-              const f32v d00 = load(ds), d01 = load(ds + W), d10 = load(ds + kKeys), d11 = load(ds + kKeys + W);
-              int32_t* of_p = (int32_t*)s.p_pairs + t / 2 * kKeys + j;
-              int32_t* of_ds = (int32_t*)s.ds_pairs + t / 2 * kKeys + j;
-              int32_t* ds_row = (int32_t*)s.ds_rows + (t * kKeys + j) / 2;
-              store(of_p, (i32v)pair_bfloat16(load(p), load(p + kKeys)));
-              store(of_p + W, (i32v)pair_bfloat16(load(p + W), load(p + kKeys + W)));
-              store(of_ds, (i32v)pair_bfloat16(d00, d10));
-              store(of_ds + W, (i32v)pair_bfloat16(d01, d11));
-              store(ds_row, (i32v)pair_neighbours(d00, d01));
-              store(ds_row + kKeys / 2, (i32v)pair_neighbours(d10, d11));
+        for (int64_t t0 = 0; t0 < m; t0 += kScoreRows) {
+          const int64_t t1 = smaller(m, t0 + kScoreRows);
+          float* p = s.p + (kPairs ? 0 : t0 * kKeys);  // as pairs they are kept below
+          float* ds = s.ds + (kPairs ? 0 : t0 * kKeys);
+          gemm<kPairs>(t1 - t0, c1 - c0, cells<kPairs>(c.D), {s.q + t0 * sizes.q_cells, sizes.q_cells, 1},
+                       packed_panels(s.k_t + c0 * sizes.q_cells, sizes.q_cells), p + c0, kKeys, false);
+          gemm<kPairs>(t1 - t0, c1 - c0, cells<kPairs>(c.Dv), {s.grad_o + t0 * sizes.v_cells, sizes.v_cells, 1},
+                       packed_panels(s.v_t + c0 * sizes.v_cells, sizes.v_cells), ds + c0, kKeys, false);
+          for (int64_t t = t0; t < t1; t++, p += kKeys, ds += kKeys) {
+            gradients_of_row(item, tile, t, j0, columns, s, p, ds);
+            if constexpr (kPairs) {
+              if (t % 2 == 0 && t + 1 < m) continue;
+              const int64_t even = t / 2 * 2;
+              if (even == t)
+                for (float* row : {p, ds}) memset(row + kKeys, 0, 4 * kKeys);
+              pair_rows(columns, p - (t - even) * kKeys, s.p_pairs + even / 2 * kKeys, nullptr);
+              pair_rows(columns, ds - (t - even) * kKeys, s.ds_pairs + even / 2 * kKeys, s.ds_rows + even * kKeys / 2);
             }
-          if (m % 2) {
-            memset(s.q + m * sizes.q_cells, 0, 4 * sizes.q_cells);
-            memset(s.grad_o + m * sizes.v_cells, 0, 4 * sizes.v_cells);
           }
+        }
+        if constexpr (kPairs) {
           pack_depth<kPairs>(s.q, sizes.q_cells, 2 * depth, sizes.q_width, s.q_pairs, sizes.q_width, kPanel);
           pack_depth<kPairs>(s.grad_o, sizes.v_cells, 2 * depth, sizes.v_width, s.grad_o_pairs, sizes.v_width, kPanel);
         }
+        const int64_t n = smaller(c1, sequence.end - j0) - c0;
         gemm<kPairs>(n, sizes.v_width, depth, {(kPairs ? s.p_pairs : s.p) + c0, 1, kKeys},
                      plain_rows(kPairs ? s.grad_o_pairs : s.grad_o, sizes.v_width), s.dv + c0 * sizes.v_width,
                      sizes.v_width, true);
@@ -453,8 +458,8 @@ void backward(const FlashAttention& c, int threads) {
     }
   };
 
-  parallel(threads, larger(scratch_of<BackwardScratch>(sizes), 2 * sizes.v_width), Phase{count * c.H, delta_of},
-           Phase{items.count, item_of}, Phase{count * c.H, dq_of}, Phase{c.drelative || c.dsinks ? c.H : 0, small_of});
+  parallel(threads, scratch_of<BackwardScratch>(sizes), Phase{count * c.H, delta_of}, Phase{items.count, item_of},
+           Phase{count * c.H, dq_of}, Phase{c.drelative || c.dsinks ? c.H : 0, small_of});
 }
 
 }  // namespace

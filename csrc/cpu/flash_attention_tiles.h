@@ -16,7 +16,8 @@ namespace fusetune::cpu::FUSETUNE_LEVEL {
 namespace {
 
 constexpr int64_t kKeys = kMaskGroup;
-constexpr int64_t kQueries = 48;  // rows of a tile: its scores, 24 KiB, stay near L1
+constexpr int64_t kQueries = 48;  // rows of a tile
+constexpr float kLeastLogit = -0x1.6p+127f;  // lesser finite ones count as this, which log2(e) does not make infinite
 constexpr float kLog2e = 0x1.715476p+0f, kLn2 = 0x1.62e430p-1f;
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -87,6 +88,23 @@ void add_row(float* dst, const float* src, int64_t n) {
   int64_t d = 0;
   for (; d + W <= n; d += W) store(dst + d, load(dst + d) + load(src + d));
   if (d < n) store_first(dst + d, load_first(dst + d, n - d) + load_first(src + d, n - d), n - d);
+}
+
+// The product of two rows, and whether the first has an element other than 0.
+struct Product {
+  float sum;
+  bool nonzero;
+};
+Product dot_rows(const void* a, const void* b, int dtype, int64_t n) {
+  f32v sum{};
+  i32v nonzero{};
+  for (int64_t d = 0; d < n; d += W) {
+    const int64_t width = smaller(W, n - d);
+    const f32v x = load_as_float(at(a, dtype, d), dtype, width);
+    sum += x * load_as_float(at(b, dtype, d), dtype, width);
+    nonzero |= x != 0.0f;
+  }
+  return {horizontal_sum(sum), any(nonzero)};
 }
 
 // A call's arguments in the form that tiles want.
@@ -191,8 +209,8 @@ struct Attention {
     for (int64_t j = columns.begin; j < columns.end; j += W) {
       const i32v column = lane_index() + (int32_t)j;
       const i32v is_seen = (column >= (int32_t)seen.begin) & (column < (int32_t)seen.end);
-      const f32v y = load(x + j) * kLog2e;
-      store(x + j, is_seen ? y : splat(-INFINITY));
+      const f32v logit = load(x + j), y = max(splat(kLeastLogit), logit) * kLog2e;
+      store(x + j, is_seen & (logit != -INFINITY) ? y : splat(-INFINITY));
     }
     if (c.mask) {
       const uint8_t* mask = mask_of(s, row);
@@ -284,10 +302,14 @@ int64_t row_cells(int64_t n) {
 }
 template <bool kPairs>
 void load_cells(const void* src, int dtype, int64_t n, float* dst) {
-  const int64_t width = row_cells<kPairs>(n);
   if constexpr (kPairs) {
-    memcpy(dst, src, 2 * n);
-    memset((uint16_t*)dst + n, 0, 4 * width - 2 * n);
+    const float* from = (const float*)src;
+    for (; n >= 2 * W; n -= 2 * W, from += W, dst += W) store(dst, load(from));
+    if (n) {
+      uint16_t rest[2 * W] = {};
+      memcpy(rest, from, 2 * n);
+      memcpy(dst, rest, sizeof rest);
+    }
   } else {
     load_padded(src, dtype, n, dst);
   }
@@ -328,6 +350,18 @@ void pack_depth(const float* rows, int64_t width, int64_t depth, int64_t columns
         store(to, load(rows + r * width + column));
       }
     }
+}
+
+// Two rows of a block as bfloat16: pairs of one above the other, and if rows is not null, of neighbours within each.
+void pair_rows(Columns columns, const float* x, float* pairs, float* rows) {
+  for (int64_t j = columns.begin; j < columns.end; j += 2 * W) {
+    const f32v a0 = load(x + j), a1 = load(x + j + W), b0 = load(x + kKeys + j), b1 = load(x + kKeys + j + W);
+    store((int32_t*)pairs + j, (i32v)pair_bfloat16(a0, b0));
+    store((int32_t*)pairs + j + W, (i32v)pair_bfloat16(a1, b1));
+    if (!rows) continue;
+    store((int32_t*)rows + j / 2, (i32v)pair_neighbours(a0, a1));
+    store((int32_t*)rows + (kKeys + j) / 2, (i32v)pair_neighbours(b0, b1));
+  }
 }
 
 }  // namespace

@@ -10,6 +10,11 @@ FUSETUNE_INLINE f32v load_as_float(const uint16_t* p, int dtype, int64_t n = W) 
   memcpy(&v, p, 2 * n);
   return dtype == kBFloat16 ? from_bfloat16(v) : from_float16(v);
 }
+FUSETUNE_INLINE f32v load_as_float(const void* p, int dtype, int64_t n) {
+  if (n == W)  // a constant size is one load
+    return dtype == kFloat32 ? load((const float*)p) : load_as_float((const uint16_t*)p, dtype);
+  return dtype == kFloat32 ? load_first((const float*)p, n) : load_as_float((const uint16_t*)p, dtype, n);
+}
 FUSETUNE_INLINE void store_from_float(uint16_t* p, f32v x, int dtype, int64_t n = W) {
   u16v v = dtype == kBFloat16 ? to_bfloat16(x) : to_float16(x);
   memcpy(p, &v, 2 * n);

@@ -108,15 +108,17 @@ FUSETUNE_INLINE f32v fma(f32v a, f32v b, f32v c) {
 #endif
 }
 
+// Lanes exchanged with those `distance` away, a power of 2.
+FUSETUNE_INLINE f32v exchange(f32v v, int distance) { return __builtin_shuffle(v, lane_index() ^ distance); }
 FUSETUNE_INLINE float horizontal_sum(f32v v) {
-  float s = 0;
-  for (int i = 0; i < W; i++) s += v[i];
-  return s;
+#pragma GCC unroll 4
+  for (int distance = W / 2; distance; distance /= 2) v += exchange(v, distance);
+  return v[0];
 }
 FUSETUNE_INLINE float horizontal_max(f32v v) {
-  float m = v[0];
-  for (int i = 1; i < W; i++) m = v[i] > m ? v[i] : m;
-  return m;
+#pragma GCC unroll 4
+  for (int distance = W / 2; distance; distance /= 2) v = max(v, exchange(v, distance));
+  return v[0];
 }
 
 // 2^x for x <= 127, 0 below 2^-126; NaN stays NaN. Relative error < 1.2e-7 (swept in tests/test_flash_attention.py).
@@ -227,9 +229,15 @@ FUSETUNE_INLINE f32v dot_bfloat16(f32v acc, u32v a, u32v b) {
 }
 #endif
 FUSETUNE_INLINE u32v pair_bfloat16(f32v first, f32v second) {
+#if FUSETUNE_X86 && defined(__AVX512BF16__)
+  const i32v lane = lane_index(), interleaved = lane | (lane + W) << 16;  // 0, 16, 1, 17, ...
+  return (u32v)_mm512_permutexvar_epi16((__m512i)interleaved,
+                                        (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+#else
   const u32v a = rounded_to_bfloat16(first) | ((u32v)(first != first) & 0x7FC00000u);
   const u32v b = rounded_to_bfloat16(second) | ((u32v)(second != second) & 0x7FC00000u);
   return a >> 16 | (b & 0xFFFF0000u);
+#endif
 }
 // The same of 2 W neighbours in a row, x and then y: pairs (x0, x1), (x2, x3), ...
 FUSETUNE_INLINE u32v pair_neighbours(f32v x, f32v y) {

@@ -352,7 +352,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, a: Arguments, softcap: float | None,
         check(
             a.relative.shape[1] % 2 == 1 and a.relative.shape[1] >= 2 * max(Sq, Sk, 1) - 1,
             ValueError,
-            f"{_OP}: relative_bias must have 2 N - 1 columns with N at least {max(Sq, Sk, 1)}, got {a.relative.shape[1]}",
+            f"{_OP}: relative_bias must have 2 N - 1 columns, N at least {max(Sq, Sk, 1)}, got {a.relative.shape[1]}",
         )
     if a.sinks is not None:
         _check_tensor("sinks", a.sinks, FLOATS, [H], q.device)
