@@ -6,7 +6,8 @@ One that takes `cpu_backend` runs at the ISA levels, one that takes `gpu_backend
 `device` with the backend that users get there.
 Rows that cannot run here are skipped, and the reason is the one that `fusetune info` gives.
 
-Markers: `gpu` needs a CUDA device; `large` takes Triton's interpreter too long, and is left out of its rows.
+Markers: `gpu` needs a CUDA device; `large` takes Triton's interpreter too long, and is left out of its rows, as
+`large_on_host` is of those of the CUDA kernels on the host; `beyond_cuda` names what the op's CUDA kernels lack.
 """
 
 import os
@@ -36,6 +37,8 @@ class Backend(NamedTuple):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "large: takes Triton's interpreter too long, and is left out of its rows")
+    config.addinivalue_line("markers", "large_on_host: takes the CUDA kernels on the host too long")
+    config.addinivalue_line("markers", "beyond_cuda(*features): needs what the op's CUDA kernels lack")
 
 
 def pytest_generate_tests(metafunc):
@@ -56,7 +59,9 @@ def pytest_collection_modifyitems(config, items):
     left_out = []
     for item in items:
         call = getattr(item, "callspec", None)
-        if item.get_closest_marker("large") and call and INTERPRETED in call.params.values():
+        row = next((call.params[name] for name in ("backend", "gpu_backend") if call and name in call.params), None)
+        without = {INTERPRETED: ("large",), HOST: ("large_on_host", "beyond_cuda"), "cuda-gpu": ("beyond_cuda",)}
+        if any(item.get_closest_marker(name) for name in without.get(row, ())):
             left_out.append(item)
         if item.get_closest_marker("gpu") and (reason := why_not("triton", "cuda")):
             item.add_marker(pytest.mark.skip(reason=reason))
