@@ -229,6 +229,7 @@ __device__ void consume(Shared<kD>& shared, const CUtensorMap& o_map, const Prob
     mask(0);
     softmax.step(s, rescale);
     pack();
+    barrier_wait(&shared.v_full[0], 0);
 
     for (int n = 1; n < tile.steps; n++) {
       const int stage = stage_of(n), before = stage_of(n - 1);
@@ -236,7 +237,6 @@ __device__ void consume(Shared<kD>& shared, const CUtensorMap& o_map, const Prob
       take_turn();
       products_fence();
       start_scores<T, kD>(s, q, shared.k[stage]);
-      barrier_wait(&shared.v_full[before], parity_of(n - 1));
       start_output<T, kD>(o, p, shared.v[before]);
       end_turn(n);
       products_wait<1>();
@@ -244,6 +244,9 @@ __device__ void consume(Shared<kD>& shared, const CUtensorMap& o_map, const Prob
       release(&shared.k_empty[stage]);
       mask(n);
       softmax.step(s, rescale);
+      hold(s);
+      // This loop for the next product also keeps the assembler from moving the wait behind it before the softmax.
+      barrier_wait(&shared.v_full[stage], parity_of(n));
       products_wait<0>();
       hold(o);
       release(&shared.v_empty[before]);
@@ -252,10 +255,8 @@ __device__ void consume(Shared<kD>& shared, const CUtensorMap& o_map, const Prob
       pack();
     }
 
-    const int last = tile.steps - 1;
-    barrier_wait(&shared.v_full[stage_of(last)], parity_of(last));
     products_fence();
-    start_output<T, kD>(o, p, shared.v[stage_of(last)]);
+    start_output<T, kD>(o, p, shared.v[stage_of(tile.steps - 1)]);
     products_wait<0>();
     hold(o);
   }
