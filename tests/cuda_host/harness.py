@@ -85,7 +85,7 @@ def cached(name: str, parts: list[Path]) -> Path:
     return CACHE / f"{name}-{found.hexdigest()[:16]}"
 
 
-def compile_object(source: Path, target: Path) -> None:
+def compile_object(source: Path, target: Path, *options: str) -> None:
     """Compiles a kernel or a file of the harness.
 
     Raises:
@@ -99,7 +99,7 @@ def compile_object(source: Path, target: Path) -> None:
     else:
         flags = ["-O1", "-Wall", "-Wextra", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     name = str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else str(source)
-    command = [compiler() or "g++", *COMMON, *flags, "-c", name, "-o", str(target)]
+    command = [compiler() or "g++", *COMMON, *flags, *options, "-c", name, "-o", str(target)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return
