@@ -32,8 +32,8 @@ inline CUtensorMap tensor_map(const char* op, const Tensor16& t, uint32_t rows) 
 
   cuuint64_t sizes[4], strides[3];
   for (int i = 0; i < 4; i++) sizes[i] = (cuuint64_t)t.sizes[i];
-  for (int i = 0; i < 3; i++)  // one that is never taken may be anything, but the driver checks it
-    strides[i] = 2 * (cuuint64_t)(t.sizes[i + 1] == 1 ? t.sizes[0] : t.strides[i]);
+  // That of a dimension of size 1 is never taken, but checked.
+  for (int i = 0; i < 3; i++) strides[i] = 2 * (cuuint64_t)(t.sizes[i + 1] == 1 ? t.sizes[0] : t.strides[i]);
   const cuuint32_t box[4] = {64, rows, 1, 1}, steps[4] = {1, 1, 1, 1};
   CUtensorMap map;
   const CUresult result = ((Encode*)found)(

@@ -269,7 +269,7 @@ CUresult encode(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* p,
   for (int i = 0; i < 4; i++)
     good = good && sizes[i] && sizes[i] <= 1ull << 32 && box[i] && box[i] <= 256 && steps[i] == 1;
   for (int i = 0; i < 3; i++)
-    good = good && strides[i] % 16 == 0 && strides[i] < 1ull << 40 && strides[i] >= sizes[i];
+    good = good && strides[i] && strides[i] % 16 == 0 && strides[i] < 1ull << 40;
   if (!good) return CUDA_ERROR_INVALID_VALUE;
   Map encoded{kMagic, (char*)p, {}, {}, {}};
   std::copy_n(sizes, 4, encoded.sizes);
