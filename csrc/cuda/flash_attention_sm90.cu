@@ -288,7 +288,7 @@ __device__ void consume(Shared<kD>& shared, const CUtensorMap& o_map, const Prob
 
 template <class T, int kD>
 __global__ void __launch_bounds__(kThreads, 1)
-    attention_forward(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+    forward_sm90(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                       const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap o_map,
                       const __grid_constant__ Problem problem) {
   auto& shared = *(Shared<kD>*)(((uintptr_t)dynamic_shared + kSwizzled - 1) / kSwizzled * kSwizzled);
@@ -327,7 +327,7 @@ void forward(const FlashAttention& c, void* stream) {
   Problem problem = {c.lse, c.B * c.H, c.H, group, c.Sq, c.Sk, c.Sk, 0, c.scale};
   if (c.right == 0) problem.shift = c.top_left ? 0 : c.Sk - c.Sq;
   problem.section = std::min(problem.heads, group * std::max<int64_t>(1, kSectionBytes / head_bytes));
-  launch_shared(op, attention_forward<T, kD>, (unsigned)(problem.heads * problem.tiles()), kThreads,
+  launch_shared(op, forward_sm90<T, kD>, (unsigned)(problem.heads * problem.tiles()), kThreads,
                 sizeof(Shared<kD>) + kSwizzled, stream, map(c.q, c.H, c.Sq, c.q_stride, kRows),
                 map(c.k, c.Hkv, c.Sk, c.k_stride, kKeys), map(c.v, c.Hkv, c.Sk, c.v_stride, kKeys),
                 map(c.o, c.H, c.Sq, c.o_stride, kRows), problem);

@@ -1,0 +1,232 @@
+"""Flash attention on Hopper's own instructions, in the emulation of cuda_host/sm90: against the reference, whatever the
+order in which threads run; the calls that it does not take; and that the emulation notices what is broken."""
+
+import concurrent.futures
+import re
+
+import cuda_compile
+import pytest
+import torch
+from cuda_host import harness, harness_sm90
+from oracle import assert_right, to_double
+
+from fusetune.ops import _flash_attention_sm90, flash_attention_reference
+from fusetune.ops.flash_attention import Arguments, _call
+
+if reason := harness.why_not():
+    pytest.skip(reason, allow_module_level=True)
+
+BF16, FP16 = torch.bfloat16, torch.float16
+SOURCE = harness.ROOT / "csrc" / "cuda" / "flash_attention_sm90.cu"
+NOTHING = Arguments(None, None, None, None, None, None, None, 0.125, 0.0, -1, -1, False, 0.0, None)
+
+
+@pytest.fixture(scope="module")
+def host():
+    return harness_sm90.load()
+
+
+def make(shape, dtype, layout="bhsd"):
+    """q, k, v. shape: B, H, Hkv, Sq, Sk, D."""
+    B, H, Hkv, Sq, Sk, D = shape
+    if layout == "packed":
+        qkv = torch.randn(B, Sq, 3, H, D).to(dtype)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = (torch.randn(B, heads, S, D).to(dtype) for heads, S in ((H, Sq), (Hkv, Sk), (Hkv, Sk)))
+    if layout == "bshd":
+        q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
+    return q, k, v
+
+
+def forward(host, q, k, v, arguments):
+    """o and lse, NaN where the kernel has not written."""
+    o, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:3], torch.nan)
+    assert _flash_attention_sm90.why_not(q, k, v, arguments, o) is None
+    with pytest.MonkeyPatch.context() as patch, harness.cuda_on_host(patch, host):
+        _flash_attention_sm90.forward(_call(q, k, v, arguments, o, lse), 0)
+    return o, lse
+
+
+def check(host, q, k, v, causal=False, align="bottom_right", scale=0.125):
+    arguments = NOTHING._replace(scale=scale, right=0 if causal else -1, top_left=align == "top_left")
+    got, lse = forward(host, q, k, v, arguments)
+    options = {"causal": causal, "align": align, "scale": scale, "return_lse": True}
+    plain, _ = flash_attention_reference(q, k, v, **options)
+    exact, exact_lse = flash_attention_reference(*to_double({"q": q, "k": k, "v": v}).values(), **options)
+    assert_right("o", got, plain, exact)
+    torch.testing.assert_close(lse, exact_lse.float(), rtol=2e-6, atol=2e-5)
+    return got, lse
+
+
+SHAPES = [
+    ((1, 1, 1, 1, 1, 64), False),
+    ((2, 2, 1, 65, 129, 64), False),
+    ((1, 4, 2, 130, 700, 128), False),
+    ((1, 2, 2, 128, 128, 128), True),
+    ((1, 2, 1, 257, 255, 64), True),
+    ((2, 3, 1, 100, 513, 128), True),
+    ((1, 1, 1, 300, 120, 64), True),
+]
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize(("shape", "causal"), SHAPES, ids=str)
+def test_forward(host, shape, causal, dtype):
+    check(host, *make(shape, dtype), causal)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 1, 200, 300, 64), (1, 1, 1, 300, 120, 128)], ids=str)
+def test_top_left(host, shape):
+    check(host, *make(shape, BF16), causal=True, align="top_left")
+
+
+@pytest.mark.parametrize("layout", ["bshd", "packed"])
+def test_layouts(host, layout):
+    check(host, *make((2, 2, 2, 190, 190, 64), BF16, layout), causal=True)
+
+
+def test_a_query_that_sees_no_key(host):
+    """A whole tile of them, and some of a tile."""
+    o, lse = check(host, *make((1, 1, 1, 300, 150, 64), BF16), causal=True)
+    assert (o[:, :, :150] == 0).all() and (lse[:, :, :150] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 4.0])
+def test_scale(host, scale):
+    """With 4 most weights are 0 or 1."""
+    check(host, *make((1, 1, 1, 64, 256, 64), FP16), scale=scale)
+
+
+def test_logits_far_below_zero(host):
+    q, k, v = make((1, 1, 1, 64, 200, 64), BF16)
+    check(host, q.abs() * 8, -k.abs() * 8, v)
+
+
+def test_sections_of_heads(host):
+    """Several of 24 MiB of k and v would take long: what they change is the order of blocks."""
+    source = SOURCE.read_text()
+    assert source.count("24 << 20") == 1
+    q, k, v = make((3, 4, 2, 200, 130, 64), BF16)
+    expected = check(host, q, k, v)
+    smaller = broken(host, {"24 << 20": "1"}, "sections")
+    assert all(torch.equal(a, b) for a, b in zip(check(smaller, q, k, v), expected, strict=True))
+
+
+def test_results_do_not_depend_on_the_order_of_threads(host):
+    q, k, v = make((1, 2, 1, 200, 400, 64), BF16)
+    expected = check(host, q, k, v, causal=True)
+    with harness.reversed_order(host):
+        got = check(host, q, k, v, causal=True)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.float32}, "q must be bfloat16 or float16, got torch.float32"),
+        ({"D": 96}, "head dimensions must be 64 or 128 and equal, got 96, 96"),
+        ({"Sq": 0}, "q must have sizes from 1"),
+        ({"mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "dropout_p": 0.1}, "there must be no mask, dropout_p"),
+        ({"left": 7}, r"window must be none or causal, got \(7, -1\)"),
+        ({"scale": -1.0}, "scale must be positive, got -1.0"),
+        ({"skip": 1}, "q must have rows at multiples of 16 bytes"),
+        ({"pad": 4}, "k must have rows at multiples of 16 bytes"),
+    ],
+    ids=str,
+)
+def test_calls_that_it_does_not_take(change, message):
+    fields = {name: change.pop(name) for name in list(change) if name in Arguments._fields}
+    dtype, D, Sq = change.get("dtype", BF16), change.get("D", 64), change.get("Sq", 10)
+    q, k, v = make((1, 2, 2, Sq, 10, D), dtype)
+    if "skip" in change:
+        q = torch.cat([q.new_zeros(1), q.reshape(-1)])[1:].view(q.shape)
+    if "pad" in change:
+        k = torch.nn.functional.pad(k, (0, change["pad"]))[..., :D]
+    assert re.match(message, _flash_attention_sm90.why_not(q, k, v, NOTHING._replace(**fields), torch.empty_like(q)))
+
+
+def broken(host, changes, name):
+    """The module with other text in the kernel, compiled for bfloat16 and D = 64 alone."""
+    text = SOURCE.read_text()
+    for old, new in changes.items():
+        assert text.count(old) == 1, f"{old}: {text.count(old)} times in {SOURCE.name}"
+        text = text.replace(old, new)
+    begin = text.index("  if (call.dtype == kBFloat16)")
+    text = text[:begin] + "  forward<__nv_bfloat16, 64>(call, stream);\n}\n\n}  // namespace fusetune::cuda\n"
+    folder = harness_sm90.CACHE / f"broken-{name.replace(' ', '-')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / SOURCE.name
+    source.write_text(re.sub(r'#include "(?=.*")', f'#include "{SOURCE.parent}/', text))
+    harness.compile_object(source, folder / "kernel.o", *harness_sm90.OPTIONS)
+    objects = harness_sm90.objects() | {SOURCE.name: folder / "kernel.o"}
+    harness.link(list(objects.values()), folder / "module.so")
+    return harness_sm90.load(folder / "module.so")
+
+
+TURN = "      take_turn();\n"
+FENCE = "  fence_async();\n  named_barrier_sync(kTogether + w, kWarpgroup);"
+WAIT_K, HOLD_K = "      products_wait<1>();\n      hold(s);\n", "      release(&shared.k_empty[stage]);\n"
+WAIT_V, HOLD_V = "      products_wait<0>();\n      hold(o);\n", "      release(&shared.v_empty[before]);\n"
+KEYS = "      barrier_wait(&shared.k_full[stage], parity_of(n));\n"
+FIRST_TURN = "    if (w == 1) named_barrier_arrive(kTurn, kConsumers * kWarpgroup);"
+# What is changed, and what is said of it.
+BREAKAGES = {
+    "keys not waited for": (KEYS, "", "was not told that the copy is there"),
+    "keys released too soon": (WAIT_K + HOLD_K, HOLD_K + WAIT_K, "was not told that the copy is there"),
+    "values released too soon": (WAIT_V + HOLD_V, HOLD_V + WAIT_V, "was not told that the copy is there"),
+    "half of the bytes": ("(full, sizeof boxes)", "(full, sizeof boxes / 2)", "barrier_wait waits for ever"),
+    "an arrival less": ("kWarpgroup / kWarpSize;", "kWarpgroup / kWarpSize - 1;", "race: copy to|was not told"),
+    "an arrival more": ("kWarpgroup / kWarpSize;", "kWarpgroup / kWarpSize + 1;", "barrier_wait waits for ever"),
+    "nobody's first turn": (FIRST_TURN, "", "named_barrier_sync waits for ever"),
+    "no fence of products": (f"{TURN}      products_fence();", TURN, "a product with no products_fence since"),
+    "p while it is read": (WAIT_V, f"      pack();\n{WAIT_V}", None),
+    "o while it is summed": (WAIT_V, f"      o[0] *= rescale[0];\n{WAIT_V}", None),
+    "o without swizzle": ("c % 8 ^ within % 8", "c % 8", None),
+    "o with no fence": (FENCE, FENCE.partition("\n")[2], "wrote with no fence_async since"),
+    "o with no barrier": (FENCE, FENCE.partition("\n")[0], "wrote with no barrier between"),
+    "o not waited for": ("    wait_stores_read();\n", "", None),
+    "barriers with no fence": (
+        "    fence_async();\n    for",
+        "    for",
+        "the barrier was made with no fence_async since",
+    ),
+    "barriers not shared": ("  __syncthreads();\n", "", "no barrier was made there|with no __syncthreads since"),
+}
+
+
+@pytest.fixture(scope="module")
+def breakages(host):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        made = pool.map(lambda name: broken(host, {BREAKAGES[name][0]: BREAKAGES[name][1]}, name), BREAKAGES)
+        return dict(zip(BREAKAGES, made, strict=True))
+
+
+@pytest.mark.parametrize("name", BREAKAGES)
+def test_a_broken_kernel_is_noticed(breakages, name):
+    """By the emulation, with the kernel's line, in one of the orders of threads; where it can see nothing by the result."""
+    q, k, v = make((1, 1, 1, 128, 640, 64), BF16)
+    message = BREAKAGES[name][2]
+    expected = (
+        pytest.raises(RuntimeError, match=rf"^flash_attention_sm90\.cu:\d+: .*({message}).*; forward_sm90<")
+        if message
+        else pytest.raises(AssertionError)
+    )
+    with expected:
+        check(breakages[name], q, k, v)
+        with harness.reversed_order(breakages[name]):
+            check(breakages[name], q, k, v)
+
+
+@pytest.mark.skipif(not cuda_compile.nvcc(), reason="no nvcc 12 or later on PATH or in CUDACXX")
+def test_products_that_the_assembler_serialises_are_an_error(tmp_path):
+    source = tmp_path / "planted_sm90.cu"
+    source.write_text(f"""#include "{SOURCE.parent}/wgmma.cuh"
+        using namespace fusetune::cuda;
+        __global__ void __launch_bounds__(128) kernel(float* out, uint64_t a, uint64_t b) {{
+          float d[32];
+          multiply_abt<__half, 64>(d, a, b, false);
+          for (int i = 0; i < 32; i++) out[threadIdx.x * 32 + i] = d[i];
+          products_wait<0>();
+        }}""")
+    with pytest.raises(RuntimeError, match=r"\(C75\d\d\)"):
+        cuda_compile.compile_file(source, cuda_compile.SM90A)
