@@ -61,10 +61,10 @@ def check(host, q, k, v, causal=False, align="bottom_right", scale=0.125):
 SHAPES = [
     ((1, 1, 1, 1, 1, 64), False),
     ((2, 2, 1, 65, 129, 64), False),
-    ((1, 4, 2, 130, 700, 128), False),
+    ((1, 2, 1, 130, 400, 128), False),
     ((1, 2, 2, 128, 128, 128), True),
     ((1, 2, 1, 257, 255, 64), True),
-    ((2, 3, 1, 100, 513, 128), True),
+    ((2, 2, 1, 100, 257, 128), True),
     ((1, 1, 1, 300, 120, 64), True),
 ]
 
@@ -88,7 +88,8 @@ def test_layouts(host, layout):
 def test_a_query_that_sees_no_key(host):
     """A whole tile of them, and some of a tile."""
     o, lse = check(host, *make((1, 1, 1, 300, 150, 64), BF16), causal=True)
-    assert (o[:, :, :150] == 0).all() and (lse[:, :, :150] == -torch.inf).all()
+    assert (o[:, :, :150] == 0).all()
+    assert (lse[:, :, :150] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("scale", [1e-3, 4.0])
@@ -100,16 +101,6 @@ def test_scale(host, scale):
 def test_logits_far_below_zero(host):
     q, k, v = make((1, 1, 1, 64, 200, 64), BF16)
     check(host, q.abs() * 8, -k.abs() * 8, v)
-
-
-def test_sections_of_heads(host):
-    """Several of 24 MiB of k and v would take long: what they change is the order of blocks."""
-    source = SOURCE.read_text()
-    assert source.count("24 << 20") == 1
-    q, k, v = make((3, 4, 2, 200, 130, 64), BF16)
-    expected = check(host, q, k, v)
-    smaller = broken(host, {"24 << 20": "1"}, "sections")
-    assert all(torch.equal(a, b) for a, b in zip(check(smaller, q, k, v), expected, strict=True))
 
 
 def test_results_do_not_depend_on_the_order_of_threads(host):
@@ -145,65 +136,57 @@ def test_calls_that_it_does_not_take(change, message):
     assert re.match(message, _flash_attention_sm90.why_not(q, k, v, NOTHING._replace(**fields), torch.empty_like(q)))
 
 
-def broken(host, changes, name):
-    """The module with other text in the kernel, compiled for bfloat16 and D = 64 alone."""
+TURN = "      take_turn();\n"
+FENCE = "  fence_async();\n  named_barrier_sync(kTogether + w, kWarpgroup);"
+KEYS = "      barrier_wait(&shared.k_full[stage], parity_of(n));\n"
+WAIT, RELEASE = "      products_wait<0>();\n      hold(o);\n", "      release(&shared.v_empty[before]);\n"
+FIRST_TURN = "    if (w == 1) named_barrier_arrive(kTurn, kConsumers * kWarpgroup);"
+INIT = "    fence_async();\n    for"
+# What is changed, and what is said of it; None where the emulation sees nothing, and the result is wrong.
+BREAKAGES = {
+    "keys not waited for": (KEYS, "", "was not told that the copy is there"),
+    "values released too soon": (WAIT + RELEASE, RELEASE + WAIT, "race: copy to"),
+    "half of the bytes": ("(full, sizeof boxes)", "(full, sizeof boxes / 2)", "barrier_wait waits for ever"),
+    "an arrival more": ("kWarpgroup / kWarpSize;", "kWarpgroup / kWarpSize + 1;", "barrier_wait waits for ever"),
+    "no first turn": (FIRST_TURN, "", "waits for ever"),
+    "no fence of products": (f"{TURN}      products_fence();", TURN, "a product with no products_fence since"),
+    "p while it is read": (WAIT, f"      pack();\n{WAIT}", None),
+    "o without swizzle": ("c % 8 ^ within % 8", "c % 8", None),
+    "o with no fence": (FENCE, FENCE.partition("\n")[2], "wrote with no fence_async since"),
+    "o with no barrier": (FENCE, FENCE.partition("\n")[0], "wrote with no (barrier between|fence_async since)"),
+    "barriers with no fence": (INIT, "    for", "the barrier was made with no fence_async since"),
+    "barriers not shared": ("  __syncthreads();\n", "", "no barrier was made there|with no __syncthreads since"),
+    "smaller sections": ("24 << 20", "1", None),
+}
+
+
+def broken(name):
+    """The module with that change in the kernel, which is compiled for bfloat16 and D = 64 alone."""
     text = SOURCE.read_text()
-    for old, new in changes.items():
-        assert text.count(old) == 1, f"{old}: {text.count(old)} times in {SOURCE.name}"
-        text = text.replace(old, new)
+    old, new, _ = BREAKAGES[name]
+    assert text.count(old) == 1, f"{old}: {text.count(old)} times in {SOURCE.name}"
+    text = text.replace(old, new)
     begin = text.index("  if (call.dtype == kBFloat16)")
     text = text[:begin] + "  forward<__nv_bfloat16, 64>(call, stream);\n}\n\n}  // namespace fusetune::cuda\n"
     folder = harness_sm90.CACHE / f"broken-{name.replace(' ', '-')}"
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / SOURCE.name
     source.write_text(re.sub(r'#include "(?=.*")', f'#include "{SOURCE.parent}/', text))
-    harness.compile_object(source, folder / "kernel.o", *harness_sm90.OPTIONS)
+    harness.compile_object(source, folder / "kernel.o", *harness_sm90.OPTIONS, "-O1")
     objects = harness_sm90.objects() | {SOURCE.name: folder / "kernel.o"}
     harness.link(list(objects.values()), folder / "module.so")
     return harness_sm90.load(folder / "module.so")
 
 
-TURN = "      take_turn();\n"
-FENCE = "  fence_async();\n  named_barrier_sync(kTogether + w, kWarpgroup);"
-WAIT_K, HOLD_K = "      products_wait<1>();\n      hold(s);\n", "      release(&shared.k_empty[stage]);\n"
-WAIT_V, HOLD_V = "      products_wait<0>();\n      hold(o);\n", "      release(&shared.v_empty[before]);\n"
-KEYS = "      barrier_wait(&shared.k_full[stage], parity_of(n));\n"
-FIRST_TURN = "    if (w == 1) named_barrier_arrive(kTurn, kConsumers * kWarpgroup);"
-# What is changed, and what is said of it.
-BREAKAGES = {
-    "keys not waited for": (KEYS, "", "was not told that the copy is there"),
-    "keys released too soon": (WAIT_K + HOLD_K, HOLD_K + WAIT_K, "was not told that the copy is there"),
-    "values released too soon": (WAIT_V + HOLD_V, HOLD_V + WAIT_V, "was not told that the copy is there"),
-    "half of the bytes": ("(full, sizeof boxes)", "(full, sizeof boxes / 2)", "barrier_wait waits for ever"),
-    "an arrival less": ("kWarpgroup / kWarpSize;", "kWarpgroup / kWarpSize - 1;", "race: copy to|was not told"),
-    "an arrival more": ("kWarpgroup / kWarpSize;", "kWarpgroup / kWarpSize + 1;", "barrier_wait waits for ever"),
-    "nobody's first turn": (FIRST_TURN, "", "named_barrier_sync waits for ever"),
-    "no fence of products": (f"{TURN}      products_fence();", TURN, "a product with no products_fence since"),
-    "p while it is read": (WAIT_V, f"      pack();\n{WAIT_V}", None),
-    "o while it is summed": (WAIT_V, f"      o[0] *= rescale[0];\n{WAIT_V}", None),
-    "o without swizzle": ("c % 8 ^ within % 8", "c % 8", None),
-    "o with no fence": (FENCE, FENCE.partition("\n")[2], "wrote with no fence_async since"),
-    "o with no barrier": (FENCE, FENCE.partition("\n")[0], "wrote with no barrier between"),
-    "o not waited for": ("    wait_stores_read();\n", "", None),
-    "barriers with no fence": (
-        "    fence_async();\n    for",
-        "    for",
-        "the barrier was made with no fence_async since",
-    ),
-    "barriers not shared": ("  __syncthreads();\n", "", "no barrier was made there|with no __syncthreads since"),
-}
-
-
 @pytest.fixture(scope="module")
 def breakages(host):
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        made = pool.map(lambda name: broken(host, {BREAKAGES[name][0]: BREAKAGES[name][1]}, name), BREAKAGES)
-        return dict(zip(BREAKAGES, made, strict=True))
+        return dict(zip(BREAKAGES, pool.map(broken, BREAKAGES), strict=True))
 
 
-@pytest.mark.parametrize("name", BREAKAGES)
+@pytest.mark.parametrize("name", [name for name in BREAKAGES if name != "smaller sections"])
 def test_a_broken_kernel_is_noticed(breakages, name):
-    """By the emulation, with the kernel's line, in one of the orders of threads; where it can see nothing by the result."""
+    """By the emulation, with the kernel's line, in one of the orders of threads; or by the result."""
     q, k, v = make((1, 1, 1, 128, 640, 64), BF16)
     message = BREAKAGES[name][2]
     expected = (
@@ -215,6 +198,13 @@ def test_a_broken_kernel_is_noticed(breakages, name):
         check(breakages[name], q, k, v)
         with harness.reversed_order(breakages[name]):
             check(breakages[name], q, k, v)
+
+
+def test_sections_of_heads(host, breakages):
+    """Several of 24 MiB of k and v would take long: what they change is the order of blocks."""
+    q, k, v = make((3, 4, 2, 200, 130, 64), BF16)
+    expected = check(host, q, k, v)
+    assert all(torch.equal(a, b) for a, b in zip(check(breakages["smaller sections"], q, k, v), expected, strict=True))
 
 
 @pytest.mark.skipif(not cuda_compile.nvcc(), reason="no nvcc 12 or later on PATH or in CUDACXX")

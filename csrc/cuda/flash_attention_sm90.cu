@@ -53,7 +53,7 @@ struct Shared {
 };
 
 struct Problem {
-  float* lse;  // [heads, Sq]
+  float* lse;               // [heads, Sq]
   int64_t heads, H, group;  // B H; query heads; those of them to a head of k
   int64_t Sq, Sk;
   int64_t shift;    // query i sees keys up to i + shift
@@ -129,8 +129,8 @@ __device__ __forceinline__ void start_scores(float (&s)[kKeys / 2], const QueryB
 #pragma unroll
   for (int d = 0; d < kD; d += 16) {
     const uint32_t box = d / kBoxColumns, within = d % kBoxColumns * sizeof(T);
-    multiply_abt<T, kKeys>(s, advanced(a, box * sizeof(QueryBox) + within),
-                           advanced(b, box * sizeof(KeyBox) + within), d > 0);
+    multiply_abt<T, kKeys>(s, advanced(a, box * sizeof(QueryBox) + within), advanced(b, box * sizeof(KeyBox) + within),
+                           d > 0);
   }
   products_commit();
 }
@@ -185,7 +185,7 @@ struct Softmax {
 template <class T, int kD>
 __device__ void consume(Shared<kD>& shared, const CUtensorMap& o_map, const Problem& problem, const Tile& tile, int w) {
   const int thread = threadIdx.x % kWarpgroup, lane = threadIdx.x % kWarpSize;
-  const int column = lane % 4 * 2;                                      // of this lane, in each eight
+  const int column = lane % 4 * 2;                                              // of this lane, in each eight
   const int row = tile.first + w * kRows + thread / kWarpSize * 16 + lane / 4;  // and row + 8
   QueryBox* const q = shared.q[w];
   const int least_seen = problem.seen(tile.first + w * kRows);  // by a row of this warpgroup
@@ -289,8 +289,8 @@ __device__ void consume(Shared<kD>& shared, const CUtensorMap& o_map, const Prob
 template <class T, int kD>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_sm90(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
-                      const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap o_map,
-                      const __grid_constant__ Problem problem) {
+                 const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap o_map,
+                 const __grid_constant__ Problem problem) {
   auto& shared = *(Shared<kD>*)(((uintptr_t)dynamic_shared + kSwizzled - 1) / kSwizzled * kSwizzled);
   if (threadIdx.x == 0) {
     barrier_init(&shared.q_full, 1);

@@ -23,9 +23,9 @@
 namespace fusetune::cuda {
 
 constexpr int kWarpgroup = 128;
-constexpr int kBoxColumns = 64;          // elements of a box's rows
-constexpr int kBoxRow = 128;             // their bytes
-constexpr int kSwizzled = 1024;          // bytes from which on the layout repeats: what tiles are aligned to
+constexpr int kBoxColumns = 64;  // elements of a box's rows
+constexpr int kBoxRow = 128;     // their bytes
+constexpr int kSwizzled = 1024;  // bytes from which on the layout repeats: what tiles are aligned to
 
 }  // namespace fusetune::cuda
 
@@ -89,8 +89,9 @@ __device__ __forceinline__ void named_barrier_arrive(int number, int threads) {
 __device__ __forceinline__ void load_box(void* shared, const CUtensorMap* map, int c0, int c1, int c2, int c3,
                                          uint64_t* barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];"
-      ::"r"(shared_address(shared)), "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(shared_address(barrier))
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+      "[%6];" ::"r"(shared_address(shared)),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(shared_address(barrier))
       : "memory");
 }
 
@@ -150,29 +151,31 @@ __device__ void multiply_ab(float (&d)[N / 2], const uint32_t* a, uint64_t b) = 
       "+f"(d[i + 7])
 #define FUSETUNE_D32 FUSETUNE_D8(0), FUSETUNE_D8(8), FUSETUNE_D8(16), FUSETUNE_D8(24)
 #define FUSETUNE_D64 FUSETUNE_D32, FUSETUNE_D8(32), FUSETUNE_D8(40), FUSETUNE_D8(48), FUSETUNE_D8(56)
-#define FUSETUNE_N32                                                                                             \
+#define FUSETUNE_N32                                                                                               \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
-#define FUSETUNE_N64                                                                                                \
-  FUSETUNE_N32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, "  \
-               "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FUSETUNE_N64                                                                                      \
+  FUSETUNE_N32                                                                                            \
+      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
+      "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // n, the sums' registers, and the numbers of the operands behind them.
-#define FUSETUNE_PRODUCTS(T, type, n, names, sums, p0, p1, p2, p3, p4)                                               \
-  template <>                                                                                                        \
-  __device__ __forceinline__ void multiply_abt<T, n>(float (&d)[n / 2], uint64_t a, uint64_t b, bool add) {          \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" p2 ", 0;\n"                                                \
-                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" names "}, %" p0 ", %" p1       \
-                 ", add, 1, 1, 0, 0;\n}"                                                                             \
-                 : sums                                                                                              \
-                 : "l"(a), "l"(b), "r"((int)add));                                                                   \
-  }                                                                                                                  \
-  template <>                                                                                                        \
-  __device__ __forceinline__ void multiply_ab<T, n>(float (&d)[n / 2], const uint32_t* a, uint64_t b) {              \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" names "}, {%" p0 ", %" p1      \
-                 ", %" p2 ", %" p3 "}, %" p4 ", 1, 1, 1, 1;"                                                         \
-                 : sums                                                                                              \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                              \
+#define FUSETUNE_PRODUCTS(T, type, n, names, sums, p0, p1, p2, p3, p4)                                          \
+  template <>                                                                                                   \
+  __device__ __forceinline__ void multiply_abt<T, n>(float (&d)[n / 2], uint64_t a, uint64_t b, bool add) {     \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" p2                                                    \
+                 ", 0;\n"                                                                                       \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" names "}, %" p0 ", %" p1  \
+                 ", add, 1, 1, 0, 0;\n}"                                                                        \
+                 : sums                                                                                         \
+                 : "l"(a), "l"(b), "r"((int)add));                                                              \
+  }                                                                                                             \
+  template <>                                                                                                   \
+  __device__ __forceinline__ void multiply_ab<T, n>(float (&d)[n / 2], const uint32_t* a, uint64_t b) {         \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" names "}, {%" p0 ", %" p1 \
+                 ", %" p2 ", %" p3 "}, %" p4 ", 1, 1, 1, 1;"                                                    \
+                 : sums                                                                                         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                         \
   }
 FUSETUNE_PRODUCTS(__half, "f16", 64, FUSETUNE_N32, FUSETUNE_D32, "32", "33", "34", "35", "36")
 FUSETUNE_PRODUCTS(__half, "f16", 128, FUSETUNE_N64, FUSETUNE_D64, "64", "65", "66", "67", "68")

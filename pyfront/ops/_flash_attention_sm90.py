@@ -19,7 +19,7 @@ _LARGEST = 2**31 - 1
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, a: Arguments, o: Tensor) -> str | None:
-    """Why the kernel cannot take a call, or None where it can. That the GPU is one of Hopper's is for the caller to know.
+    """Why the kernel cannot take a call, or None where it can. The caller sees to it that the GPU is one of Hopper's.
 
     Args:
         q, k, v, o: [B, H, S, D], with neighbouring elements in the last dimension.

@@ -36,7 +36,7 @@ def build() -> Path:
     CACHE.mkdir(parents=True, exist_ok=True)
     current = {module, *objects().values()}
     for path in CACHE.iterdir():
-        if path not in current:
+        if path.is_file() and path not in current:
             path.unlink()
     missing = [path for path in sources() if not objects()[path.name].exists()]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:

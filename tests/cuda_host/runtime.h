@@ -18,14 +18,14 @@ extern dim3 blockDim, gridDim;
 namespace cuda_host {
 
 constexpr int kWarp = 32;
-constexpr int kMostThreads = 1024;         // of a block
+constexpr int kMostThreads = 1024;  // of a block
 #ifdef CUDA_HOST_SM90
 constexpr size_t kMostShared = 227 * 1024;  // bytes of a block's dynamic shared memory, as on 9.0
 #else
 constexpr size_t kMostShared = 99 * 1024;  // as on 8.6, 8.9 and 12.0
 #endif
-constexpr size_t kStack = 128 * 1024;      // bytes of a thread's local memory
-extern uintptr_t own_stack;                // where that of the thread that runs begins
+constexpr size_t kStack = 128 * 1024;  // bytes of a thread's local memory
+extern uintptr_t own_stack;            // where that of the thread that runs begins
 
 // A line of a kernel; or, with line 0, an address in its code.
 struct Site {
@@ -86,12 +86,12 @@ struct Write {
   uint32_t time;  // 0: nobody has written in this block
   int thread;
 };
-Write last_write(const void* shared);       // by a thread, of a byte
+Write last_write(const void* shared);  // by a thread, of a byte
 void check_global(const void* p, size_t bytes, bool write, Site site);
-uint32_t time_passes();                     // the time until now
-bool before_barrier(uint32_t time);         // whether __syncthreads came since then
-uint32_t time_of_block();                   // when the present block began
-size_t dynamic_shared_size();               // of the present block
+uint32_t time_passes();              // the time until now
+bool before_barrier(uint32_t time);  // whether __syncthreads came since then
+uint32_t time_of_block();            // when the present block began
+size_t dynamic_shared_size();        // of the present block
 
 // Called by the scheduler. Time passes at barriers: an access is ordered before the present where a barrier of the block,
 // or of the one warp that both threads are in, came after it.

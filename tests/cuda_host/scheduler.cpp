@@ -32,10 +32,10 @@ struct Fiber {
   bool started = false;
   uint3 index;
   State state;
-  const char* what;  // where it waits: the primitive,
-  Site site;         // its line,
-  unsigned mask;     // the lanes that it waits for,
-  void* record;      // and the record that it left
+  const char* what;            // where it waits: the primitive,
+  Site site;                   // its line,
+  unsigned mask;               // the lanes that it waits for,
+  void* record;                // and the record that it left
   bool (*ready)(const void*);  // what it polls, with the record
 };
 

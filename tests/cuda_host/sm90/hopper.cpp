@@ -153,7 +153,8 @@ void check_write(uint32_t address, Site site) {
   const Piece& p = piece(address, site);
   const Clock& known = clocks[warp()];
   if (p.writer >= 0 && known[p.writer] < p.written)
-    fail(site, "race: copy to " + name_of_byte(address) + ", to which that of " + name_of(p.site) + " may be under way");
+    fail(site,
+         "race: copy to " + name_of_byte(address) + ", to which that of " + name_of(p.site) + " may be under way");
   for (int w = 0; w < kWarps; w++)
     if (p.read[w] > known[w])
       fail(site, "race: copy to " + name_of_byte(address) + ", which " + thread_name(w * kWarp) +
@@ -268,8 +269,7 @@ CUresult encode(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* p,
               swizzle == CU_TENSOR_MAP_SWIZZLE_128B && box[0] * 2 <= 128 && box[0] * 2 % 16 == 0;
   for (int i = 0; i < 4; i++)
     good = good && sizes[i] && sizes[i] <= 1ull << 32 && box[i] && box[i] <= 256 && steps[i] == 1;
-  for (int i = 0; i < 3; i++)
-    good = good && strides[i] && strides[i] % 16 == 0 && strides[i] < 1ull << 40;
+  for (int i = 0; i < 3; i++) good = good && strides[i] && strides[i] % 16 == 0 && strides[i] < 1ull << 40;
   if (!good) return CUDA_ERROR_INVALID_VALUE;
   Map encoded{kMagic, (char*)p, {}, {}, {}};
   std::copy_n(sizes, 4, encoded.sizes);
@@ -294,8 +294,8 @@ int64_t each_piece(const CUtensorMap& encoded, const int* at, uint32_t shared, S
       const int64_t column = at[0] + 8 * c, row = (int64_t)at[1] + r;
       const bool there = inside(0, column) && inside(1, row) && inside(2, at[2]) && inside(3, at[3]);
       if (there && !inside(0, column + 7)) fail(site, "boxes are emulated of tensors with rows of a multiple of 8");
-      char* const p = there ? map.p + 2 * column + row * map.strides[0] + at[2] * map.strides[1] + at[3] * map.strides[2]
-                            : nullptr;
+      char* const p =
+          there ? map.p + 2 * column + row * map.strides[0] + at[2] * map.strides[1] + at[3] * map.strides[2] : nullptr;
       visit(swizzled(shared + 128 * r + 16 * c), p);
     }
   return 128 * (int64_t)map.box[1];
@@ -339,8 +339,9 @@ void barrier_wait(uint64_t* barrier, uint32_t parity, Site site) {
     const Barrier* b;
     uint32_t parity;
   } wait{&found(barrier, site), parity};
-  wait_until("barrier_wait", [](const void* w) { return ((const Wait*)w)->b->phase % 2 != ((const Wait*)w)->parity; },
-             &wait, site);
+  wait_until(
+      "barrier_wait", [](const void* w) { return ((const Wait*)w)->b->phase % 2 != ((const Wait*)w)->parity; }, &wait,
+      site);
   learn(clocks[warp()], wait.b->over);
 }
 
@@ -371,9 +372,9 @@ void named_barrier(int number, int threads, bool wait, Site site) {
     b.generation++;
   }
   if (!wait) return;
-  wait_until("named_barrier_sync",
-             [](const void* w) { return ((const Wait*)w)->b->generation != ((const Wait*)w)->generation; }, &waiting,
-             site);
+  wait_until(
+      "named_barrier_sync",
+      [](const void* w) { return ((const Wait*)w)->b->generation != ((const Wait*)w)->generation; }, &waiting, site);
   learn(clocks[warp()], b.over);
 }
 
@@ -405,8 +406,7 @@ void load_box(void* shared, const CUtensorMap* map, const int (&at)[4], uint64_t
 void store_box(const CUtensorMap* map, const int (&at)[4], const void* shared, Site site) {
   const Unchecked unchecked;
   enter();
-  stores[thread_number()].push_back(
-      {*map, {at[0], at[1], at[2], at[3]}, shared_address(shared), clocks[warp()], site});
+  stores[thread_number()].push_back({*map, {at[0], at[1], at[2], at[3]}, shared_address(shared), clocks[warp()], site});
 }
 
 void wait_stores_read() {
