@@ -134,5 +134,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #ifdef FUSETUNE_WITH_SM90
   m.def("cuda_flash_attention_sm90_forward", cuda_launcher(fusetune::cuda::flash_attention_sm90_forward), "call"_a,
         "stream"_a);
+  m.def("cuda_flash_attention_sm90_workspace", fusetune::cuda::flash_attention_sm90_workspace, "B"_a, "H"_a, "Sq"_a);
+  m.def("cuda_flash_attention_sm90_backward", cuda_launcher(fusetune::cuda::flash_attention_sm90_backward), "call"_a,
+        "workspace"_a, "stream"_a);
 #endif
 }

@@ -8,7 +8,7 @@ import cuda_compile
 import pytest
 import torch
 from cuda_host import harness, harness_sm90
-from oracle import assert_right, to_double
+from oracle import assert_right
 
 from fusetune.ops import _flash_attention_sm90, flash_attention_reference
 from fusetune.ops.flash_attention import Arguments, _call
@@ -38,24 +38,47 @@ def make(shape, dtype, layout="bhsd"):
     return q, k, v
 
 
-def forward(host, q, k, v, arguments):
-    """o and lse, NaN where the kernel has not written."""
-    o, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:3], torch.nan)
-    assert _flash_attention_sm90.why_not(q, k, v, arguments, o) is None
+def run(host, q, k, v, do, dlse, arguments):
+    """o, lse, dq, dk and dv, NaN where the kernels have not written."""
+    o, dq, dk, dv = (torch.full_like(t, torch.nan) for t in (q, q, k, v))
+    lse = torch.full(q.shape[:3], torch.nan)
+    assert _flash_attention_sm90.why_not(arguments, q, k, v, o=o, grad_o=do, dq=dq, dk=dk, dv=dv) is None
     with pytest.MonkeyPatch.context() as patch, harness.cuda_on_host(patch, host):
-        _flash_attention_sm90.forward(_call(q, k, v, arguments, o, lse), 0)
-    return o, lse
+        call = _call(q, k, v, arguments, o, lse)
+        _flash_attention_sm90.forward(call, 0)
+        call.grad_o, call.grad_o_stride, call.grad_lse = do.data_ptr(), do.stride()[:3], dlse.data_ptr()
+        call.dq, call.dk, call.dv = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
+        call.dq_stride, call.dk_stride, call.dv_stride = dq.stride()[:3], dk.stride()[:3], dv.stride()[:3]
+        _flash_attention_sm90.backward(call, q, 0)
+    return {"o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+
+
+def reference(q, k, v, do, dlse, **options):
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    o, lse = flash_attention_reference(*leaves, **options, return_lse=True)
+    seen = lse != -torch.inf
+    gradients = torch.autograd.grad([o, lse[seen]], leaves, [do.to(o.dtype), dlse[seen].to(lse.dtype)])
+    return {"o": o.detach(), "lse": lse.detach(), **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
+
+
+def assert_equal(results, others):
+    for name, t in results.items():
+        assert torch.equal(t, others[name]), name
 
 
 def check(host, q, k, v, causal=False, align="bottom_right", scale=0.125):
+    """All results against the reference; gives them."""
     arguments = NOTHING._replace(scale=scale, right=0 if causal else -1, top_left=align == "top_left")
-    got, lse = forward(host, q, k, v, arguments)
-    options = {"causal": causal, "align": align, "scale": scale, "return_lse": True}
-    plain, _ = flash_attention_reference(q, k, v, **options)
-    exact, exact_lse = flash_attention_reference(*to_double({"q": q, "k": k, "v": v}).values(), **options)
-    assert_right("o", got, plain, exact)
-    torch.testing.assert_close(lse, exact_lse.float(), rtol=2e-6, atol=2e-5)
-    return got, lse
+    do, dlse = torch.randn(q.shape).to(q), torch.randn(q.shape[:3])
+    do = torch.empty_like(q).copy_(do)
+    got = run(host, q, k, v, do, dlse, arguments)
+    options = {"causal": causal, "align": align, "scale": scale}
+    plain = reference(q, k, v, do, dlse, **options)
+    exact = reference(q.double(), k.double(), v.double(), do, dlse, **options)
+    torch.testing.assert_close(got["lse"], exact["lse"].float(), rtol=2e-6, atol=2e-5)
+    for name in ("o", "dq", "dk", "dv"):
+        assert_right(name, got[name], plain[name], exact[name])
+    return got
 
 
 SHAPES = [
@@ -71,7 +94,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize(("shape", "causal"), SHAPES, ids=str)
-def test_forward(host, shape, causal, dtype):
+def test_results(host, shape, causal, dtype):
     check(host, *make(shape, dtype), causal)
 
 
@@ -87,9 +110,10 @@ def test_layouts(host, layout):
 
 def test_a_query_that_sees_no_key(host):
     """A whole tile of them, and some of a tile."""
-    o, lse = check(host, *make((1, 1, 1, 300, 150, 64), BF16), causal=True)
-    assert (o[:, :, :150] == 0).all()
-    assert (lse[:, :, :150] == -torch.inf).all()
+    got = check(host, *make((1, 1, 1, 300, 150, 64), BF16), causal=True)
+    assert (got["o"][:, :, :150] == 0).all()
+    assert (got["dq"][:, :, :150] == 0).all()
+    assert (got["lse"][:, :, :150] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("scale", [1e-3, 4.0])
@@ -105,10 +129,10 @@ def test_logits_far_below_zero(host):
 
 def test_results_do_not_depend_on_the_order_of_threads(host):
     q, k, v = make((1, 2, 1, 200, 400, 64), BF16)
-    expected = check(host, q, k, v, causal=True)
+    do, dlse, causal = torch.randn_like(q), torch.randn(q.shape[:3]), NOTHING._replace(right=0)
+    expected = run(host, q, k, v, do, dlse, causal)
     with harness.reversed_order(host):
-        got = check(host, q, k, v, causal=True)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        assert_equal(run(host, q, k, v, do, dlse, causal), expected)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +157,7 @@ def test_calls_that_it_does_not_take(change, message):
         q = torch.cat([q.new_zeros(1), q.reshape(-1)])[1:].view(q.shape)
     if "pad" in change:
         k = torch.nn.functional.pad(k, (0, change["pad"]))[..., :D]
-    assert re.match(message, _flash_attention_sm90.why_not(q, k, v, NOTHING._replace(**fields), torch.empty_like(q)))
+    assert re.match(message, _flash_attention_sm90.why_not(NOTHING._replace(**fields), q, k, v))
 
 
 TURN = "      take_turn();\n"
@@ -203,8 +227,9 @@ def test_a_broken_kernel_is_noticed(breakages, name):
 def test_sections_of_heads(host, breakages):
     """Several of 24 MiB of k and v would take long: what they change is the order of blocks."""
     q, k, v = make((3, 4, 2, 200, 130, 64), BF16)
-    expected = check(host, q, k, v)
-    assert all(torch.equal(a, b) for a, b in zip(check(breakages["smaller sections"], q, k, v), expected, strict=True))
+    do, dlse = torch.randn_like(q), torch.randn(q.shape[:3])
+    expected = run(host, q, k, v, do, dlse, NOTHING)
+    assert_equal(run(breakages["smaller sections"], q, k, v, do, dlse, NOTHING), expected)
 
 
 @pytest.mark.skipif(not cuda_compile.nvcc(), reason="no nvcc 12 or later on PATH or in CUDACXX")

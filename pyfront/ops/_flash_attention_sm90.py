@@ -1,4 +1,4 @@
-"""Flash attention's forward on Hopper's own instructions (csrc/cuda/flash_attention_sm90.cu): which calls it takes.
+"""Flash attention on Hopper's own instructions (csrc/cuda/flash_attention_sm90.cu): which calls it takes.
 
 It has run in an emulation, on no device: nothing takes it by default.
 """
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 _LARGEST = 2**31 - 1
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor, a: Arguments, o: Tensor) -> str | None:
+def why_not(a: Arguments, q: Tensor, k: Tensor, v: Tensor, **others: Tensor) -> str | None:
     """Why the kernel cannot take a call, or None where it can. The caller sees to it that the GPU is one of Hopper's.
 
     Args:
-        q, k, v, o: [B, H, S, D], with neighbouring elements in the last dimension.
-        a: the call's other arguments.
+        a: the call's arguments besides tensors.
+        q, k, v, others: o, and in backward grad_o, dq, dk and dv, all [B, H, S, D] with neighbouring elements in the last
+            dimension.
     """
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"q must be bfloat16 or float16, got {q.dtype}"
@@ -37,7 +38,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, a: Arguments, o: Tensor) -> str | N
         return f"window must be none or causal, got ({a.left}, {a.right})"
     if a.scale <= 0:
         return f"scale must be positive, got {a.scale}"
-    for name, t in (("q", q), ("k", k), ("v", v), ("o", o)):
+    for name, t in {"q": q, "k": k, "v": v, **others}.items():
         if not 0 < t.numel() or max(t.shape) > _LARGEST:
             return f"{name} must have sizes from 1 to {_LARGEST}, got {list(t.shape)}"
         strides = [stride for stride, size in zip(t.stride()[:3], t.shape, strict=False) if size > 1]
@@ -49,3 +50,10 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, a: Arguments, o: Tensor) -> str | N
 def forward(call: Any, stream: int) -> None:
     """Runs it for the arguments of csrc/flash_attention.h."""
     _native.extension().cuda_flash_attention_sm90_forward(call, stream)
+
+
+def backward(call: Any, q: Tensor, stream: int) -> None:
+    """The same for dq, dk and dv."""
+    extension = _native.extension()
+    workspace = q.new_empty(extension.cuda_flash_attention_sm90_workspace(*q.shape[:3]), dtype=torch.float32)
+    extension.cuda_flash_attention_sm90_backward(call, workspace.data_ptr(), stream)
