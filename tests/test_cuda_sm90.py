@@ -160,43 +160,49 @@ def test_calls_that_it_does_not_take(change, message):
     assert re.match(message, _flash_attention_sm90.why_not(NOTHING._replace(**fields), q, k, v))
 
 
-TURN = "      take_turn();\n"
-FENCE = "  fence_async();\n  named_barrier_sync(kTogether + w, kWarpgroup);"
-KEYS = "      barrier_wait(&shared.k_full[stage], parity_of(n));\n"
-WAIT, RELEASE = "      products_wait<0>();\n      hold(o);\n", "      release(&shared.v_empty[before]);\n"
-FIRST_TURN = "    if (w == 1) named_barrier_arrive(kTurn, kConsumers * kWarpgroup);"
-INIT = "    fence_async();\n    for"
+START = "  const Block block(problem, problem.H);"
+TURN, KEYS = "      take_turn();\n", "      barrier_wait(&shared.k_full[stage], parity_of(n));\n"
+WAIT, RELEASE = "      products_wait<0>();\n      hold(o);\n", "      thread.release(&shared.v_empty[before]);\n"
+FIRST_TURN = "if (w == 1) named_barrier_arrive(kTurn, kConsumerThreads);"
+STORE = "  fence_async();\n  thread.sync_warpgroup();\n"
+SUMMED, NEXT = "    products_wait<0>();\n    hold(da);\n", "    thread.release(&shared.empty[stage]);\n"
 # What is changed, and what is said of it; None where the emulation sees nothing, and the result is wrong.
 BREAKAGES = {
     "keys not waited for": (KEYS, "", "was not told that the copy is there"),
     "values released too soon": (WAIT + RELEASE, RELEASE + WAIT, "race: copy to"),
-    "half of the bytes": ("(full, sizeof boxes)", "(full, sizeof boxes / 2)", "barrier_wait waits for ever"),
-    "an arrival more": ("kWarpgroup / kWarpSize;", "kWarpgroup / kWarpSize + 1;", "barrier_wait waits for ever"),
     "no first turn": (FIRST_TURN, "", "waits for ever"),
     "no fence of products": (f"{TURN}      products_fence();", TURN, "a product with no products_fence since"),
-    "p while it is read": (WAIT, f"      pack();\n{WAIT}", None),
-    "o without swizzle": ("c % 8 ^ within % 8", "c % 8", None),
-    "o with no fence": (FENCE, FENCE.partition("\n")[2], "wrote with no fence_async since"),
-    "o with no barrier": (FENCE, FENCE.partition("\n")[0], "wrote with no (barrier between|fence_async since)"),
-    "barriers with no fence": (INIT, "    for", "the barrier was made with no fence_async since"),
-    "barriers not shared": ("  __syncthreads();\n", "", "no barrier was made there|with no __syncthreads since"),
+    "p while it is read": (WAIT, f"      pack<T>(p, s);\n{WAIT}", None),
+    "o with no fence": (STORE, "  thread.sync_warpgroup();\n", "wrote with no fence_async since"),
+    "o with no barrier": (STORE, "  fence_async();\n", "wrote with no (barrier between|fence_async since)"),
+    "barriers with no fence": (
+        f"    fence_async();\n  }}\n  __syncthreads();\n{START}",
+        f"  }}\n  __syncthreads();\n{START}",
+        "the barrier was made with no fence_async since",
+    ),
+    "tiles released too soon": (SUMMED, NEXT + SUMMED, "race: copy to|more threads arrive"),
     "smaller sections": ("24 << 20", "1", None),
 }
 
 
 def broken(name):
-    """The module with that change in the kernel, which is compiled for bfloat16 and D = 64 alone."""
-    text = SOURCE.read_text()
+    """The module with that change in the kernels, which are compiled for bfloat16 and D = 64 alone."""
     old, new, _ = BREAKAGES[name]
-    assert text.count(old) == 1, f"{old}: {text.count(old)} times in {SOURCE.name}"
-    text = text.replace(old, new)
-    begin = text.index("  if (call.dtype == kBFloat16)")
-    text = text[:begin] + "  forward<__nv_bfloat16, 64>(call, stream);\n}\n\n}  // namespace fusetune::cuda\n"
+    texts = {path.name: path.read_text() for path in (SOURCE, SOURCE.with_suffix(".cuh"))}
+    assert sum(text.count(old) for text in texts.values()) == 1, old
+    texts = {file: text.replace(old, new) for file, text in texts.items()}
+    texts[SOURCE.name] = re.sub(
+        r"\n  if \(call\.dtype == kBFloat16\)\n    \(.*? (\w+<__nv_bfloat16, 64>) : .*?\)(\(.*\);)\n  else\n.*",
+        r"\n  \1\2",
+        texts[SOURCE.name],
+    )
+    assert "__half, 64" not in texts[SOURCE.name]
     folder = harness_sm90.CACHE / f"broken-{name.replace(' ', '-')}"
     folder.mkdir(parents=True, exist_ok=True)
-    source = folder / SOURCE.name
-    source.write_text(re.sub(r'#include "(?=.*")', f'#include "{SOURCE.parent}/', text))
-    harness.compile_object(source, folder / "kernel.o", *harness_sm90.OPTIONS, "-O1")
+    for file, text in texts.items():
+        path = SOURCE.parent.as_posix()
+        (folder / file).write_text(re.sub(r'#include "(?!flash_attention_sm90)(?=.*")', f'#include "{path}/', text))
+    harness.compile_object(folder / SOURCE.name, folder / "kernel.o", *harness_sm90.OPTIONS, "-O1")
     objects = harness_sm90.objects() | {SOURCE.name: folder / "kernel.o"}
     harness.link(list(objects.values()), folder / "module.so")
     return harness_sm90.load(folder / "module.so")
@@ -214,14 +220,16 @@ def test_a_broken_kernel_is_noticed(breakages, name):
     q, k, v = make((1, 1, 1, 128, 640, 64), BF16)
     message = BREAKAGES[name][2]
     expected = (
-        pytest.raises(RuntimeError, match=rf"^flash_attention_sm90\.cu:\d+: .*({message}).*; forward_sm90<")
+        pytest.raises(
+            RuntimeError, match=rf"^flash_attention_sm90\.cuh?:\d+: .*({message}).*; (forward|backward)_sm90<"
+        )
         if message
         else pytest.raises(AssertionError)
     )
     with expected:
-        check(breakages[name], q, k, v)
+        check(breakages[name], q, k, v, causal=True)
         with harness.reversed_order(breakages[name]):
-            check(breakages[name], q, k, v)
+            check(breakages[name], q, k, v, causal=True)
 
 
 def test_sections_of_heads(host, breakages):

@@ -13,10 +13,11 @@
 // come first, and heads in sections whose streamed rows fit in half of the second-level cache.
 //
 // Compiled for sm_90a and run in the tests' emulation of its instructions; not yet on a device.
+#include "flash_attention_sm90.cuh"
+
 #include <algorithm>
 #include <cmath>
 
-#include "flash_attention_sm90.cuh"
 #include "tensor_map.h"
 
 namespace fusetune::cuda {
@@ -109,14 +110,14 @@ __device__ void consume_forward(ForwardShared<kD>& shared, const CUtensorMap& o_
     for (int i = 0; i < kKeys / 2; i++)
       if (key + i / 4 * 8 + thread.column + i % 2 >= seen[i / 2 % 2]) s[i] = -INFINITY;
   };
-  const auto take_turn = [&] { named_barrier_sync(kTurn + w, kBlockRows * 2); };
+  const auto take_turn = [&] { named_barrier_sync(kTurn + w, kConsumerThreads); };
   const auto end_turn = [&](int n) {
-    if (w == 0 || n + 1 < tiles) named_barrier_arrive(kTurn + 1 - w, kBlockRows * 2);
+    if (w == 0 || n + 1 < tiles) named_barrier_arrive(kTurn + 1 - w, kConsumerThreads);
   };
 
   barrier_wait(&shared.q_full, 0);
   if (tiles > 0) {
-    if (w == 1) named_barrier_arrive(kTurn, kBlockRows * 2);  // the first turn is the other's
+    if (w == 1) named_barrier_arrive(kTurn, kConsumerThreads);  // the first turn is the other's
     barrier_wait(&shared.k_full[0], 0);
     take_turn();
     products_fence();

@@ -17,7 +17,8 @@ constexpr int kBlockRows = kConsumers * kRows;
 constexpr int kKeys = 128;  // of a tile in forward
 constexpr int kStages = 2;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-constexpr int kConsumerWarps = kConsumers * kWarpgroup / kWarpSize;
+constexpr int kConsumerThreads = kConsumers * kWarpgroup;
+constexpr int kConsumerWarps = kConsumerThreads / kWarpSize;
 // Of a thread of 65536 registers: 168 at the start; then few for the warpgroup that copies, and what that frees.
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 constexpr int64_t kSectionBytes = 24 << 20;  // of 50 MiB of cache

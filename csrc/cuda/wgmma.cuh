@@ -107,10 +107,6 @@ __device__ __forceinline__ void wait_stores_read() {
   asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
-__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // --- Products -------------------------------------------------------------------------------------------------------
 
 // Gives a warpgroup registers, or takes them; the whole warpgroup calls it.
@@ -154,10 +150,10 @@ __device__ void multiply_ab(float (&d)[N / 2], const uint32_t* a, uint64_t b) = 
 #define FUSETUNE_N32                                                                                               \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
-#define FUSETUNE_N64                                                                                      \
-  FUSETUNE_N32                                                                                            \
-      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
-      "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FUSETUNE_N64                                                                                  \
+  FUSETUNE_N32                                                                                        \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
+  "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // n, the sums' registers, and the numbers of the operands behind them.
 #define FUSETUNE_PRODUCTS(T, type, n, names, sums, p0, p1, p2, p3, p4)                                          \

@@ -23,8 +23,8 @@ def why_not(a: Arguments, q: Tensor, k: Tensor, v: Tensor, **others: Tensor) -> 
 
     Args:
         a: the call's arguments besides tensors.
-        q, k, v, others: o, and in backward grad_o, dq, dk and dv, all [B, H, S, D] with neighbouring elements in the last
-            dimension.
+        q, k, v, others: o, and in backward grad_o, dq, dk and dv, all [B, H, S, D] with neighbouring elements in the
+            last dimension.
     """
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"q must be bfloat16 or float16, got {q.dtype}"

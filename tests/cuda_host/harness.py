@@ -47,7 +47,7 @@ COUNTED = ["-O1", "--coverage"]
 
 
 def shipped() -> list[Path]:
-    """The kernels that the harness runs. Instructions of one architecture, as in <op>_sm90.cu, have no stand-in."""
+    """The kernels that the harness runs. Those of one architecture, as <op>_sm90.cu, have a harness of their own."""
     return [path for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if not re.search(r"_sm\d+a?$", path.stem)]
 
 

@@ -63,7 +63,6 @@ inline void store_box(const CUtensorMap* map, int c0, int c1, int c2, int c3, co
   hopper::store_box(map, {c0, c1, c2, c3}, shared, {file, line});
 }
 inline void wait_stores_read() { hopper::wait_stores_read(); }
-inline void prefetch_map(const CUtensorMap*) {}
 
 template <int kRegisters>
 void more_registers(CUDA_HOST_CALLER) {
