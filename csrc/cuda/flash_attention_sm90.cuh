@@ -34,10 +34,11 @@ struct Problem {
   int64_t B, H, Hkv, Sq, Sk;
   int64_t shift;  // query i sees the keys up to i + shift
   float scale;
-  float* lse;                // [B, H, Sq]
-  float *lse2, *delta;       // of backward, [B, H, padded]: lse log2(e), or inf where nothing is seen; D
-  int64_t heads, section;    // all heads whose rows blocks work on, and how many of them are a section
-  int64_t rows, last_first;  // rows of each; whether the blocks of the last come first
+  float* lse;                               // [B, H, Sq]
+  float *lse2 = nullptr, *delta = nullptr;  // of backward, [B, H, padded]: lse log2(e), or inf where nothing is seen; D
+  int64_t heads = 0, section = 0;           // all heads whose rows blocks work on, and how many of them are a section
+  int64_t rows = 0;                         // of each
+  bool last_first = false;                  // the order of their blocks
 
   __host__ __device__ int64_t padded() const { return ceil_div(Sq, kBlockRows) * kBlockRows; }
   // How many keys query i sees: the first so many.
