@@ -131,4 +131,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("cuda_dequantize", cuda_launcher(fusetune::cuda::dequantize), "codes"_a, "absmax"_a, "nested"_a, "out"_a,
         "n0"_a, "n1"_a, "k0"_a, "k1"_a, "K"_a, "block"_a, "bits"_a, "dtype"_a, "stream"_a);
 #endif
+#ifdef FUSETUNE_WITH_SM90
+  m.def("cuda_flash_attention_sm90_forward", cuda_launcher(fusetune::cuda::flash_attention_sm90_forward), "call"_a,
+        "stream"_a);
+  m.def("cuda_flash_attention_sm90_workspace", fusetune::cuda::flash_attention_sm90_workspace, "B"_a, "H"_a, "Sq"_a);
+  m.def("cuda_flash_attention_sm90_backward", cuda_launcher(fusetune::cuda::flash_attention_sm90_backward), "call"_a,
+        "workspace"_a, "stream"_a);
+#endif
 }

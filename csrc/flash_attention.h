@@ -105,3 +105,14 @@ FUSETUNE_LAUNCHER(FlashAttentionLauncher, flash_attention_forward)
 FUSETUNE_LAUNCHER(FlashAttentionLauncher, flash_attention_backward)
 
 }  // namespace fusetune::cpu
+
+namespace fusetune::cuda {
+
+// On Hopper GPUs: 16-bit tensors with D = Dv of 64 or 128, all sizes at least 1, addresses and strides of multiples of 16
+// bytes, scale > 0; left -1, right -1 or 0; nothing of softcap, keep, mask, bias, relative, sinks, members and dropout.
+void flash_attention_sm90_forward(const FlashAttention& call, void* stream);
+// Floats of the workspace of backward, whose address is a multiple of 8 bytes.
+int64_t flash_attention_sm90_workspace(int64_t B, int64_t H, int64_t Sq);
+void flash_attention_sm90_backward(const FlashAttention& call, float* workspace, void* stream);
+
+}  // namespace fusetune::cuda

@@ -47,7 +47,7 @@ COUNTED = ["-O1", "--coverage"]
 
 
 def shipped() -> list[Path]:
-    """The kernels that the harness runs. Instructions of one architecture, as in <op>_sm90.cu, have no stand-in."""
+    """The kernels that the harness runs. Those of one architecture, as <op>_sm90.cu, have a harness of their own."""
     return [path for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if not re.search(r"_sm\d+a?$", path.stem)]
 
 
@@ -85,7 +85,7 @@ def cached(name: str, parts: list[Path]) -> Path:
     return CACHE / f"{name}-{found.hexdigest()[:16]}"
 
 
-def compile_object(source: Path, target: Path) -> None:
+def compile_object(source: Path, target: Path, *options: str) -> None:
     """Compiles a kernel or a file of the harness.
 
     Raises:
@@ -99,7 +99,7 @@ def compile_object(source: Path, target: Path) -> None:
     else:
         flags = ["-O1", "-Wall", "-Wextra", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     name = str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else str(source)
-    command = [compiler() or "g++", *COMMON, *flags, "-c", name, "-o", str(target)]
+    command = [compiler() or "g++", *COMMON, *flags, *options, "-c", name, "-o", str(target)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return

@@ -269,6 +269,18 @@ void copy_async_wait(int groups_left, Site site) {
   mine.started.erase(mine.started.begin(), mine.started.begin() + done);
 }
 
+Write last_write(const void* p) {
+  const Cell& cell = cells[(uintptr_t)p - shared.begin];
+  return cell.written >= block_start ? Write{cell.written, cell.writer.number} : Write{0, 0};
+}
+void check_global(const void* p, size_t bytes, bool write, Site site) {
+  access_memory(p, bytes, write ? kWrite : kRead, site);
+}
+uint32_t time_passes() { return now++; }
+bool before_barrier(uint32_t time) { return time < last_barrier; }
+uint32_t time_of_block() { return block_start; }
+size_t dynamic_shared_size() { return dynamic_bytes; }
+
 void prepare_memory() {
   fusetune::cuda::dynamic_shared[0] = {};  // gives this OS thread its copy
   if (shared.has((uintptr_t)fusetune::cuda::dynamic_shared)) return;

@@ -18,10 +18,14 @@ extern dim3 blockDim, gridDim;
 namespace cuda_host {
 
 constexpr int kWarp = 32;
-constexpr int kMostThreads = 1024;         // of a block
-constexpr size_t kMostShared = 99 * 1024;  // bytes of a block's dynamic shared memory, as on 8.6, 8.9 and 12.0
-constexpr size_t kStack = 128 * 1024;      // bytes of a thread's local memory
-extern uintptr_t own_stack;                // where that of the thread that runs begins
+constexpr int kMostThreads = 1024;  // of a block
+#ifdef CUDA_HOST_SM90
+constexpr size_t kMostShared = 227 * 1024;  // bytes of a block's dynamic shared memory, as on 9.0
+#else
+constexpr size_t kMostShared = 99 * 1024;  // as on 8.6, 8.9 and 12.0
+#endif
+constexpr size_t kStack = 128 * 1024;  // bytes of a thread's local memory
+extern uintptr_t own_stack;            // where that of the thread that runs begins
 
 // A line of a kernel; or, with line 0, an address in its code.
 struct Site {
@@ -51,6 +55,8 @@ void sync_threads(Site site);
 void warp_collective(const char* what, unsigned mask, void* record, void (*body)(void* const* records, Site),
                      Site site);
 void sync_warp(unsigned mask, Site site);
+// The thread goes on once ready(context) holds, which is asked between the turns of others.
+void wait_until(const char* what, bool (*ready)(const void*), const void* context, Site site);
 
 int thread_number();  // in the block, of the thread that runs
 inline int lane() { return thread_number() % kWarp; }
@@ -74,6 +80,18 @@ void lane_read(int lane, void* to, const void* shared, int bytes, Site site);
 void copy_async(void* shared, const void* global, int bytes, int source_bytes, Site site);
 void copy_async_commit();
 void copy_async_wait(int groups_left, Site site);
+
+// For the emulation of asynchronous instructions.
+struct Write {
+  uint32_t time;  // 0: nobody has written in this block
+  int thread;
+};
+Write last_write(const void* shared);  // by a thread, of a byte
+void check_global(const void* p, size_t bytes, bool write, Site site);
+uint32_t time_passes();              // the time until now
+bool before_barrier(uint32_t time);  // whether __syncthreads came since then
+uint32_t time_of_block();            // when the present block began
+size_t dynamic_shared_size();        // of the present block
 
 // Called by the scheduler. Time passes at barriers: an access is ordered before the present where a barrier of the block,
 // or of the one warp that both threads are in, came after it.

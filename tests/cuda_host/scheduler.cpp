@@ -25,17 +25,18 @@ namespace {
 
 constexpr size_t kGuard = 4096;  // below each stack
 
-enum State { kReady, kAtBarrier, kInWarp, kReturned };
+enum State { kReady, kAtBarrier, kInWarp, kPolling, kReturned };
 
 struct Fiber {
   jmp_buf context;
   bool started = false;
   uint3 index;
   State state;
-  const char* what;  // where it waits: the primitive,
-  Site site;         // its line,
-  unsigned mask;     // the lanes that it waits for,
-  void* record;      // and the record that it left
+  const char* what;            // where it waits: the primitive,
+  Site site;                   // its line,
+  unsigned mask;               // the lanes that it waits for,
+  void* record;                // and the record that it left
+  bool (*ready)(const void*);  // what it polls, with the record
 };
 
 Fiber fibers[kMostThreads];
@@ -153,6 +154,10 @@ void report_deadlock() {
   current = 0;
   while (fibers[current].state == kReturned) current++;
   const Fiber& waiting = fibers[current];
+  if (waiting.state == kPolling) {
+    failure = name_of(waiting.site) + ": " + waiting.what + " waits for ever";
+    return;
+  }
   int first = 0, count = threads;
   if (waiting.state == kInWarp) first = current / kWarp * kWarp, count = kWarp;
   int there = 0, missing = -1;
@@ -175,7 +180,9 @@ void run_block() {
     any = false;
     for (int i = 0; i < threads; i++) {
       const int number = reversed ? threads - 1 - i : i;
-      if (fibers[number].state != kReady) continue;
+      Fiber& f = fibers[number];
+      if (f.state == kPolling && f.ready(f.record)) f.state = kReady;
+      if (f.state != kReady) continue;
       any = true;
       resume(number);
       if (!failure.empty()) return;
@@ -281,6 +288,15 @@ void warp_collective(const char* what, unsigned mask, void* record, void (*run)(
   run(records, site);
   for (int i = 0; i < kWarp; i++)
     if (mask >> i & 1) fibers[first + i].state = kReady;
+}
+
+void wait_until(const char* what, bool (*ready)(const void*), const void* context, Site site) {
+  const Unchecked unchecked;
+  if (ready(context)) return;
+  arrive(kPolling, what, site);
+  fibers[current].ready = ready;
+  fibers[current].record = const_cast<void*>(context);
+  leave();
 }
 
 void sync_warp(unsigned mask, Site site) {
