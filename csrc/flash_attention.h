@@ -91,6 +91,7 @@ struct FlashAttention {
   MaskStrides dbias_stride;
   float* drelative;  // [H, 2 N - 1]
   float* dsinks;     // [H]
+  float* workspace;  // [B, H, Sq, 2], on a GPU
 };
 
 }  // namespace fusetune
@@ -102,3 +103,12 @@ FUSETUNE_LAUNCHER(FlashAttentionLauncher, flash_attention_forward)
 FUSETUNE_LAUNCHER(FlashAttentionLauncher, flash_attention_backward)
 
 }  // namespace fusetune::cpu
+
+// On a GPU with tensor cores of sm_80: bfloat16 and float16, D and Dv multiples of 8 up to 128, scale > 0, and rows at
+// multiples of 16 bytes. mask, bias, relative, sinks and softcap are not read. kernels/flash_attention.py has the rest.
+namespace fusetune::cuda {
+
+void flash_attention_forward(const FlashAttention& call, void* stream);
+void flash_attention_backward(const FlashAttention& call, void* stream);
+
+}  // namespace fusetune::cuda

@@ -425,9 +425,45 @@ class _FlashAttention(torch.autograd.Function):
         return dq, dk, dv, None, None, dbias, drelative, dsinks, *[None] * 9
 
 
+def cuda_refuses(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> str | None:
+    """Why the CUDA kernels, which are made for speed, do not take a call, or None. Triton's take all."""
+    for name, given in (
+        ("mask", a.mask is not None),
+        ("bias", a.bias is not None),
+        ("relative_bias", a.relative is not None),
+        ("sinks", a.sinks is not None),
+        ("softcap", a.softcap != 0),
+    ):
+        if given:
+            return f"{name} must be None, which Triton takes"
+    if q.dtype == torch.float32:
+        return "q must be bfloat16 or float16, got float32, which Triton takes"
+    if not a.scale > 0:
+        return f"scale must be positive, got {a.scale}, which Triton takes"
+    for name, size in (("D", q.shape[3]), ("Dv", v.shape[3])):
+        if size % 8 or not 8 <= size <= 128:
+            return f"{name} must be a multiple of 8 from 8 to 128, got {size}, which Triton takes"
+    return None
+
+
+def _backend(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> str:
+    backend = choose(_OP, q.device)
+    if backend == "cuda" and (reason := cuda_refuses(q, k, v, a)):
+        return choose(_OP, q.device, ((backend, reason),))
+    return backend
+
+
 def _rows(x: Tensor) -> Tensor:
     """x with neighbouring elements in its last dimension, as the kernels read it."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x with rows at multiples of 16 bytes, as the CUDA kernels read it."""
+    strides = [stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
+    if x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in strides):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
@@ -439,11 +475,16 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tenso
     if a.q_starts is not None:  # for tokens outside of all members
         o.zero_()
         lse.fill_(-math.inf)
-    backend = choose(_OP, q.device)
+    backend = _backend(q, k, v, a)
     if backend == "triton":
         from fusetune.kernels import flash_attention as triton_attention
 
         triton_attention.forward(q, k, v, a, o, lse)
+    elif backend == "cuda":
+        q, k, v = _aligned(q), _aligned(k), _aligned(v)
+        call = _call(q, k, v, a, o, lse)
+        with _native.current_stream(q.device) as stream:
+            _native.extension().cuda_flash_attention_forward(call, stream)
     else:
         call = _call(q, k, v, a, o, lse)
         _native.extension().flash_attention_forward(call, _native.threads())
@@ -463,12 +504,14 @@ def _backward(
     gradients = dq, dk, dv, dbias, drelative, dsinks = _gradients(q, k, v, a, needed)
     for gradient in gradients if a.q_starts is not None else (dbias, drelative, dsinks):
         gradient.zero_()
-    backend = choose(_OP, q.device)
+    backend = _backend(q, k, v, a)
     if backend == "triton":
         from fusetune.kernels import flash_attention as triton_attention
 
         triton_attention.backward(grad_o, grad_lse, q, k, v, a, o, lse, *gradients)
     else:
+        if backend == "cuda":
+            grad_o, q, k, v, o = (_aligned(t) for t in (grad_o, q, k, v, o))
         call = _call(q, k, v, a, o, lse)
         call.grad_o, call.grad_o_stride, call.grad_lse = (
             grad_o.data_ptr(),
@@ -480,7 +523,13 @@ def _backward(
         if needed[0]:
             call.dbias, call.dbias_stride = dbias.data_ptr(), _broadcast_strides(dbias)
         call.drelative, call.dsinks = (t.data_ptr() if t.numel() else 0 for t in (drelative, dsinks))
-        _native.extension().flash_attention_backward(call, _native.threads())
+        if backend == "cuda":
+            workspace = q.new_empty(*lse.shape, 2, dtype=torch.float32)
+            call.workspace = workspace.data_ptr()
+            with _native.current_stream(q.device) as stream:
+                _native.extension().cuda_flash_attention_backward(call, stream)
+        else:
+            _native.extension().flash_attention_backward(call, _native.threads())
     if a.bias is not None and needed[0]:
         dbias = dbias.to(a.bias.dtype)
     return dq, dk, dv, dbias, drelative, dsinks
