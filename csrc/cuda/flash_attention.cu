@@ -55,7 +55,7 @@ __device__ float2 unpack(const uint32_t& pair) {
 template <class T>
 struct Matrix {
   T* p;
-  int64_t row;    // elements from one row to the next
+  int64_t row;     // elements from one row to the next
   int rows, cols;  // cols is a multiple of 8
 
   template <class Void>
@@ -65,25 +65,30 @@ struct Matrix {
   }
 };
 
-// A matrix in shared memory. The eight 16-byte pieces that an ldmatrix reads of one column lie in different banks.
+// A matrix in shared memory. From row to row it is an odd multiple of 16 bytes, so that eight rows of an ldmatrix lie in
+// different banks. Rows of kD alone, their pieces permuted, would do that too, but take a register for each of four
+// addresses where this takes one, and the forward kernel has none to spare.
 template <class T, int kRows, int kD>
 struct Tile {
-  alignas(16) T at[kRows][kD];
+  alignas(16) T at[kRows][kD + 8];
 
-  // Elements [r, c .. c + 8), c a multiple of 8.
-  __device__ T* eight(int r, int c) { return &at[r][(c / 8 ^ r % 8) * 8]; }
+  // The 16 x 16 elements from [r, c] on, as ldmatrix takes its four matrices: from top to bottom, then from left to right.
+  __device__ const T* sixteen(int r, int c) const {
+    const int lane = threadIdx.x % kWarpSize;
+    return &at[r + lane % 16][c + lane / 16 * 8];
+  }
 
   // Starts to copy rows from r0 on, of which those that are not inside(r), r counted in the tile, become zeros.
   template <class Inside>
   __device__ void copy(const Matrix<const T>& m, int r0, Inside inside) {
-    constexpr int kEights = kD / 8;
-    static_assert(kRows * kEights % kThreads == 0);
+    constexpr int kEights = kD / 8, kStep = kThreads / kEights;
+    static_assert(kRows % kStep == 0);
     const int r = threadIdx.x / kEights, c = threadIdx.x % kEights * 8;
     const T* from = m.p + (r0 + r) * m.row + c;
 #pragma unroll
-    for (int step = 0; step < kRows; step += kThreads / kEights) {
+    for (int step = 0; step < kRows; step += kStep, from += kStep * m.row) {
       const bool there = c < m.cols && inside(step + r);
-      copy_async_16(eight(step + r, c), there ? from + step * m.row : m.p, there ? 16 : 0);
+      copy_async_16(&at[step + r][c], there ? from : m.p, there ? 16 : 0);
     }
   }
   __device__ void copy(const Matrix<const T>& m, int r0) {
@@ -104,13 +109,13 @@ struct Tile {
         const float by = factor(e, h);
 #pragma unroll
         for (int f = 0; f < kD / 8; f++)
-          *(uint32_t*)(eight(first + r, 8 * f) + lane % 4 * 2) =
+          *(uint32_t*)&at[first + r][8 * f + lane % 4 * 2] =
               pack<T>(by * sums[e][f][2 * h], by * sums[e][f][2 * h + 1]);
       }
     __syncwarp();
     for (int i = lane; i < 16 * kE * kD / 8; i += kWarpSize) {
       const int r = i / (kD / 8), c = i % (kD / 8) * 8;
-      if (r0 + r < m.rows && c < m.cols) *(uint4*)(m.p + (r0 + r) * m.row + c) = *(uint4*)eight(first + r, c);
+      if (r0 + r < m.rows && c < m.cols) *(uint4*)(m.p + (r0 + r) * m.row + c) = *(uint4*)&at[first + r][c];
     }
   }
 };
@@ -118,13 +123,10 @@ struct Tile {
 // The left operand of a product: 16 kE rows of a tile from `first` on. load(): those 16 from 16 e on and 16 columns.
 template <class T, int kRows, int kD>
 struct RowsOfTile {
-  Tile<T, kRows, kD>& tile;
+  const Tile<T, kRows, kD>& tile;
   int first;
 
-  __device__ void load(uint32_t (&a)[4], int e, int k) const {
-    const int lane = threadIdx.x % kWarpSize;
-    ldmatrix_x4(a, tile.eight(first + 16 * e + lane % 16, k + lane / 16 * 8));
-  }
+  __device__ void load(uint32_t (&a)[4], int e, int k) const { ldmatrix_x4(a, tile.sixteen(first + 16 * e, k)); }
 };
 
 // The same of 16 rows, in registers.
@@ -145,9 +147,8 @@ struct RowsInRegisters {
 
 // sums = left right^T
 template <int kE, int kF, class Left, class T, int kRows, int kD>
-__device__ void multiply_rows(float (&sums)[kE][kF][4], const Left& left, Tile<T, kRows, kD>& right) {
+__device__ void multiply_rows(float (&sums)[kE][kF][4], const Left& left, const Tile<T, kRows, kD>& right) {
   static_assert(kRows == 8 * kF);
-  const int lane = threadIdx.x % kWarpSize;
   each(sums, [](int, int, float& x) { x = 0; });
 #pragma unroll
   for (int k = 0; k < kD; k += 16) {
@@ -157,38 +158,46 @@ __device__ void multiply_rows(float (&sums)[kE][kF][4], const Left& left, Tile<T
 #pragma unroll
     for (int f = 0; f < kF; f += 2) {
       uint32_t b[4];
-      ldmatrix_x4(b, right.eight(8 * f + lane % 8 + lane / 16 * 8, k + lane / 8 % 2 * 8));
+      ldmatrix_x4(b, right.sixteen(8 * f, k));
 #pragma unroll
       for (int e = 0; e < kE; e++) {
-        mma_m16n8k16<T>(sums[e][f], a[e], b[0], b[1]);
-        mma_m16n8k16<T>(sums[e][f + 1], a[e], b[2], b[3]);
+        mma_m16n8k16<T>(sums[e][f], a[e], b[0], b[2]);
+        mma_m16n8k16<T>(sums[e][f + 1], a[e], b[1], b[3]);
       }
     }
   }
 }
 
-// sums += left right, of which left is the result of another product, rounded to T.
-template <int kE, int kF, class T, int kRows, int kD>
-__device__ void multiply_columns(float (&sums)[kE][kD / 8][4], const float (&left)[kE][kF][4],
-                                 Tile<T, kRows, kD>& right) {
-  static_assert(kRows == 8 * kF);
-  const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int f = 0; f < kF; f += 2) {
-    uint32_t a[kE][4];
+// The result of a product, rounded to T, as the left operand of another.
+template <class T, int kE, int kF>
+struct Rounded {
+  uint32_t at[kE][kF / 2][4];
+
+  __device__ explicit Rounded(const float (&sums)[kE][kF][4]) {
 #pragma unroll
     for (int e = 0; e < kE; e++)
 #pragma unroll
-      for (int n = 0; n < 4; n++)
-        a[e][n] = pack<T>(left[e][f + n / 2][n % 2 * 2], left[e][f + n / 2][n % 2 * 2 + 1]);
+      for (int f = 0; f < kF; f++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) at[e][f / 2][f % 2 * 2 + h] = pack<T>(sums[e][f][2 * h], sums[e][f][2 * h + 1]);
+  }
+};
+
+// sums += left right
+template <int kE, int kF, class T, int kRows, int kD>
+__device__ void multiply_columns(float (&sums)[kE][kD / 8][4], const Rounded<T, kE, kF>& left,
+                                 const Tile<T, kRows, kD>& right) {
+  static_assert(kRows == 8 * kF);
+#pragma unroll
+  for (int f = 0; f < kF; f += 2) {
 #pragma unroll
     for (int d = 0; d < kD; d += 16) {
       uint32_t b[4];
-      ldmatrix_x4_trans(b, right.eight(8 * f + lane % 16, d + lane / 16 * 8));
+      ldmatrix_x4_trans(b, right.sixteen(8 * f, d));
 #pragma unroll
       for (int e = 0; e < kE; e++) {
-        mma_m16n8k16<T>(sums[e][d / 8], a[e], b[0], b[1]);
-        mma_m16n8k16<T>(sums[e][d / 8 + 1], a[e], b[2], b[3]);
+        mma_m16n8k16<T>(sums[e][d / 8], left.at[e][f / 2], b[0], b[1]);
+        mma_m16n8k16<T>(sums[e][d / 8 + 1], left.at[e][f / 2], b[2], b[3]);
       }
     }
   }
@@ -261,19 +270,17 @@ struct ForwardTiles {
 };
 
 template <class T, int kD, bool kDropout>
-__global__ void __launch_bounds__(kThreads, kD == 64 ? 3 : 2) forward(FlashAttention call, Dropout dropout) {
+__global__ void __launch_bounds__(kThreads, 2) forward(FlashAttention call, Dropout dropout) {
   using Tiles = ForwardTiles<T, kD>;
   constexpr int kE = Tiles::kQueries / kWarps / 16, kF = Tiles::kKeys / 8;
   auto& tiles = *(Tiles*)dynamic_shared;
   // The last queries, which see most where attention is causal, are the first to be worked on.
-  const auto part =
-      Part::find<Tiles::kQueries>(call, gridDim.x - 1 - blockIdx.x, call.H, call.Sq, call.q_starts);
+  const auto part = Part::find<Tiles::kQueries>(call, gridDim.x - 1 - blockIdx.x, call.H, call.Sq, call.q_starts);
   if (part.first < 0 || part.first >= part.Sq) return;
   const int64_t key_head = part.head / (call.H / call.Hkv);
   const auto q = Matrix<const T>::make(call.q, call.q_stride, part.b, part.head, part.q0, part.Sq, call.D);
   const auto k = Matrix<const T>::make(call.k, call.k_stride, part.b, key_head, part.k0, part.Sk, call.D);
   const auto v = Matrix<const T>::make(call.v, call.v_stride, part.b, key_head, part.k0, part.Sk, call.Dv);
-  const auto out = Matrix<T>::make(call.o, call.o_stride, part.b, part.head, part.q0, part.Sq, call.Dv);
   const uint8_t* keep = call.keep ? call.keep + part.b * call.keep_row : nullptr;
   const Band band = Band::of(call, part);
   const int end = band.end_key(min(part.first + Tiles::kQueries, part.Sq), part.Sk);
@@ -283,7 +290,7 @@ __global__ void __launch_bounds__(kThreads, kD == 64 ? 3 : 2) forward(FlashAtten
     if (keys.kept) tile.copy(m, keys.first, [&](int r) { return keys.has(r); });
     copy_async_commit();
   };
-  Keys keys = Keys::find<Tiles::kKeys>(keep, band.first_key(part.first) / Tiles::kKeys * Tiles::kKeys, end, part.Sk);
+  Keys keys = Keys::find<Tiles::kKeys>(keep, band.first_key(part.first) / Tiles::kKeys * Tiles::kKeys, end);
   tiles.q.copy(q, part.first);
   copy(tiles.k, k, keys);
 
@@ -291,27 +298,29 @@ __global__ void __launch_bounds__(kThreads, kD == 64 ? 3 : 2) forward(FlashAtten
   Softmax<kE> softmax;
   KeptInRows<kE> kept;
   while (keys.kept) {
-    const Keys following = Keys::find<Tiles::kKeys>(keep, keys.first + Tiles::kKeys, end, part.Sk);
+    const int j0 = keys.first;
     copy_async_wait<0>();
     __syncthreads();  // k is here, and v has been read
     copy(tiles.v, v, keys);
     float s[kE][kF][4];
     multiply_rows(s, RowsOfTile<T, Tiles::kQueries, kD>{tiles.q, warp_row}, tiles.k);
     mask_rows(s, band, keys, i0);
-    copy_async_wait<0>();
-    __syncthreads();  // v is here, and k has been read
-    copy(tiles.k, k, following);
     softmax.add(s, o, call.scale * kLog2E);
     if constexpr (kDropout) {
-      kept.make(dropout, dropout_row(call, part.sequence, part.head, i0), keys.first);
-      kept.apply(s, keys.first, 1);
+      kept.make(dropout, dropout_row(call, part.sequence, part.head, i0), j0);
+      kept.apply(s, j0, 1);
     }
-    multiply_columns(o, s, tiles.v);
-    keys = following;
+    const Rounded<T, kE, kF> p(s);
+    copy_async_wait<0>();
+    __syncthreads();  // v is here, and k has been read
+    keys = Keys::find<Tiles::kKeys>(keep, j0 + Tiles::kKeys, end);
+    copy(tiles.k, k, keys);
+    multiply_columns(o, p, tiles.v);
   }
 
   copy_async_wait<0>();
   __syncthreads();  // q is here where there was no key
+  const auto out = Matrix<T>::make(call.o, call.o_stride, part.b, part.head, part.q0, part.Sq, call.Dv);
   float factor[kE][2];
 #pragma unroll
   for (int e = 0; e < kE; e++)
@@ -379,8 +388,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_q(FlashAttention call, D
   using Tiles = BackwardQTiles<T, kD>;
   constexpr int kF = Tiles::kKeys / 8;
   auto& tiles = *(Tiles*)dynamic_shared;
-  const auto part =
-      Part::find<Tiles::kQueries>(call, gridDim.x - 1 - blockIdx.x, call.H, call.Sq, call.q_starts);
+  const auto part = Part::find<Tiles::kQueries>(call, gridDim.x - 1 - blockIdx.x, call.H, call.Sq, call.q_starts);
   if (part.first < 0 || part.first >= part.Sq) return;
   const int64_t key_head = part.head / (call.H / call.Hkv);
   const auto q = Matrix<const T>::make(call.q, call.q_stride, part.b, part.head, part.q0, part.Sq, call.D);
@@ -388,7 +396,6 @@ __global__ void __launch_bounds__(kThreads, 2) backward_q(FlashAttention call, D
   const auto v = Matrix<const T>::make(call.v, call.v_stride, part.b, key_head, part.k0, part.Sk, call.Dv);
   const auto grad_o =
       Matrix<const T>::make(call.grad_o, call.grad_o_stride, part.b, part.head, part.q0, part.Sq, call.Dv);
-  const auto out = Matrix<T>::make(call.dq, call.dq_stride, part.b, part.head, part.q0, part.Sq, call.D);
   const uint8_t* keep = call.keep ? call.keep + part.b * call.keep_row : nullptr;
   const Band band = Band::of(call, part);
   const int end = band.end_key(min(part.first + Tiles::kQueries, part.Sq), part.Sk);
@@ -402,7 +409,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_q(FlashAttention call, D
     }
     copy_async_commit();
   };
-  Keys keys = Keys::find<Tiles::kKeys>(keep, band.first_key(part.first) / Tiles::kKeys * Tiles::kKeys, end, part.Sk);
+  Keys keys = Keys::find<Tiles::kKeys>(keep, band.first_key(part.first) / Tiles::kKeys * Tiles::kKeys, end);
   tiles.q.copy(q, part.first);
   tiles.grad_o.copy(grad_o, part.first);
   copy(0, keys);
@@ -410,8 +417,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_q(FlashAttention call, D
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const int i = i0 + 8 * h + threadIdx.x % kWarpSize / 4;
-    if (i < part.Sq)
-      rows[h] = ((const RowSums*)call.workspace)[(part.b * call.H + part.head) * call.Sq + part.q0 + i];
+    if (i < part.Sq) rows[h] = ((const RowSums*)call.workspace)[(part.b * call.H + part.head) * call.Sq + part.q0 + i];
   }
   copy_async_wait<0>();
   __syncthreads();
@@ -421,7 +427,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_q(FlashAttention call, D
   float dq[1][kD / 8][4] = {};
   KeptInRows<1> kept;
   for (int now = 0; keys.kept; now ^= 1) {
-    const Keys following = Keys::find<Tiles::kKeys>(keep, keys.first + Tiles::kKeys, end, part.Sk);
+    const Keys following = Keys::find<Tiles::kKeys>(keep, keys.first + Tiles::kKeys, end);
     copy_async_wait<0>();
     __syncthreads();  // the keys of `now` are here, and the others have been read
     copy(now ^ 1, following);
@@ -440,9 +446,10 @@ __global__ void __launch_bounds__(kThreads, 2) backward_q(FlashAttention call, D
         const RowSums& row = rows[n / 2];
         ds[0][f][n] = exp2_approx(fmaf(call.scale * kLog2E, p[0][f][n], -row.lse)) * (ds[0][f][n] - row.d);
       }
-    multiply_columns(dq, ds, tiles.passing[now].k);
+    multiply_columns(dq, Rounded<T, 1, kF>(ds), tiles.passing[now].k);
     keys = following;
   }
+  const auto out = Matrix<T>::make(call.dq, call.dq_stride, part.b, part.head, part.q0, part.Sq, call.D);
   tiles.q.store(dq, warp_row, out, i0, [&](int, int) { return call.scale; });
 }
 
@@ -468,10 +475,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kv(FlashAttention call, 
   if (part.first < 0 || part.first >= part.Sk) return;
   const auto k = Matrix<const T>::make(call.k, call.k_stride, part.b, part.head, part.k0, part.Sk, call.D);
   const auto v = Matrix<const T>::make(call.v, call.v_stride, part.b, part.head, part.k0, part.Sk, call.Dv);
-  const auto dk_out = Matrix<T>::make(call.dk, call.dk_stride, part.b, part.head, part.k0, part.Sk, call.D);
-  const auto dv_out = Matrix<T>::make(call.dv, call.dv_stride, part.b, part.head, part.k0, part.Sk, call.Dv);
   const uint8_t* keep = call.keep ? call.keep + part.b * call.keep_row : nullptr;
-  const Keys keys = Keys::find<Tiles::kKeys>(keep, part.first, part.first + 1, part.Sk);
+  const Keys keys = Keys::find<Tiles::kKeys>(keep, part.first, min(part.first + Tiles::kKeys, part.Sk));
   const Band band = Band::of(call, part);
   const int warp_row = threadIdx.x / kWarpSize * 16, j0 = part.first + warp_row;
   const int lane = threadIdx.x % kWarpSize;
@@ -488,8 +493,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kv(FlashAttention call, 
       const int64_t head = part.head * group + step / blocks;
       const int i = (first_block + step % blocks) * Tiles::kQueries;
       tile.q.copy(Matrix<const T>::make(call.q, call.q_stride, part.b, head, part.q0, part.Sq, call.D), i);
-      tile.grad_o.copy(
-          Matrix<const T>::make(call.grad_o, call.grad_o_stride, part.b, head, part.q0, part.Sq, call.Dv), i);
+      tile.grad_o.copy(Matrix<const T>::make(call.grad_o, call.grad_o_stride, part.b, head, part.q0, part.Sq, call.Dv),
+                       i);
       const RowSums* rows = (const RowSums*)call.workspace + (part.b * call.H + head) * call.Sq + part.q0;
       if (threadIdx.x < Tiles::kQueries) {
         const bool there = i + (int)threadIdx.x < part.Sq;
@@ -522,9 +527,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kv(FlashAttention call, 
       each(p, [&](int row, int column, float& x) {
         if (!band.has(i0 + column, j0 + row)) x = -INFINITY;
       });
-    each(p, [&](int, int column, float& x) {
-      x = exp2_approx(fmaf(call.scale * kLog2E, x, -tile.rows[column].lse));
-    });
+    each(p, [&](int, int column, float& x) { x = exp2_approx(fmaf(call.scale * kLog2E, x, -tile.rows[column].lse)); });
     uint32_t dropped = 0;  // bit 4 f + n
     if constexpr (kDropout) {
       const int bit = j0 % kMaskGroup / 16;
@@ -547,18 +550,17 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kv(FlashAttention call, 
 #pragma unroll
         for (int n = 0; n < 4; n++) ds[0][f][n] = p[0][f][n];
       without_dropped(ds, 1);
-      multiply_columns(dv, ds, tile.grad_o);
+      multiply_columns(dv, Rounded<T, 1, kF>(ds), tile.grad_o);
     } else {
-      multiply_columns(dv, p, tile.grad_o);
+      multiply_columns(dv, Rounded<T, 1, kF>(p), tile.grad_o);
     }
     multiply_rows(ds, RowsOfTile<T, Tiles::kKeys, kD>{tiles.v, warp_row}, tile.grad_o);
     if constexpr (kDropout) without_dropped(ds, dropout.scale);
 #pragma unroll
     for (int f = 0; f < kF; f++)
 #pragma unroll
-      for (int n = 0; n < 4; n++)
-        ds[0][f][n] = p[0][f][n] * (ds[0][f][n] - tile.rows[8 * f + lane % 4 * 2 + n % 2].d);
-    multiply_columns(dk, ds, tile.q);
+      for (int n = 0; n < 4; n++) ds[0][f][n] = p[0][f][n] * (ds[0][f][n] - tile.rows[8 * f + lane % 4 * 2 + n % 2].d);
+    multiply_columns(dk, Rounded<T, 1, kF>(ds), tile.q);
   }
 
   copy_async_wait<0>();
@@ -566,6 +568,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kv(FlashAttention call, 
   const auto kept_times = [&](float scale) {
     return [&keys, warp_row, lane, scale](int, int h) { return keys.has(warp_row + 8 * h + lane / 4) ? scale : 0; };
   };
+  const auto dk_out = Matrix<T>::make(call.dk, call.dk_stride, part.b, part.head, part.k0, part.Sk, call.D);
+  const auto dv_out = Matrix<T>::make(call.dv, call.dv_stride, part.b, part.head, part.k0, part.Sk, call.Dv);
   tiles.k.store(dk, warp_row, dk_out, j0, kept_times(call.scale));
   tiles.v.store(dv, warp_row, dv_out, j0, kept_times(dropout.scale));
 }

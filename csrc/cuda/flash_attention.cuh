@@ -28,9 +28,9 @@ __host__ __device__ int64_t blocks_of_head(const FlashAttention& call, int64_t t
 
 // Rows of one head of one sequence, which is one of the batch or a member of the packed ones.
 struct Part {
-  int64_t b, head;   // of the tensors
-  int64_t sequence;  // b or the member: of dropout's row
-  int64_t q0, k0;    // tokens before those of the sequence
+  int b, head;   // of the tensors
+  int sequence;  // b or the member: of dropout's row
+  int q0, k0;    // tokens before those of the sequence
   int Sq, Sk;
   int first;  // row
 
@@ -38,18 +38,17 @@ struct Part {
   template <int kRows>
   __device__ static Part find(const FlashAttention& call, int64_t index, int64_t heads, int64_t tokens,
                               const int32_t* starts) {
-    const int64_t blocks = blocks_of_head<kRows>(call, tokens);
-    const int64_t b = index / blocks / heads, head = index / blocks % heads;
-    int64_t block = index % blocks;
-    if (!call.q_starts) return {b, head, b, 0, 0, (int)call.Sq, (int)call.Sk, (int)(block * kRows)};
-    int64_t member = 0, end = call.members;  // the last one that begins at `block` or before lies in [member, end)
+    const int blocks = (int)blocks_of_head<kRows>(call, tokens), block = (int)(index % blocks);
+    const int head = (int)(index / blocks % heads), b = (int)(index / blocks / heads);
+    if (!call.q_starts) return {b, head, b, 0, 0, (int)call.Sq, (int)call.Sk, block * kRows};
+    int member = 0, end = (int)call.members;  // the last one that begins at `block` or before lies in [member, end)
     while (end - member > 1) {
-      const int64_t middle = (member + end) / 2;
+      const int middle = (member + end) / 2;
       (starts[middle] / kRows + middle <= block ? member : end) = middle;
     }
-    block -= starts[member] / kRows + member;
     const int32_t *q = call.q_starts + member, *k = call.k_starts + member;
-    return {b, head, member, q[0], k[0], q[1] - q[0], k[1] - k[0], (int)(block * kRows)};
+    const int first = (block - starts[member] / kRows - member) * kRows;
+    return {b, head, member, q[0], k[0], q[1] - q[0], k[1] - k[0], first};
   }
 };
 
@@ -75,21 +74,21 @@ struct Band {
   __device__ int end_query(int j1, int Sq) const { return min(Sq, j1 - low); }
 };
 
-// Keys [first, first + 64) of a sequence and which of them are there and kept: bit j is of key first + j.
+// Keys [first, first + 64) of a sequence and which of them are kept: bit j is of key first + j.
 struct Keys {
   int first;
   uint64_t kept;
 
   __device__ bool has(int j) const { return kept >> j & 1; }
 
-  // The first ones from `first` on, in steps of kKeys and before `end`, of which some are kept; else kept is 0. For all
-  // lanes of a warp.
+  // The first ones from `first` on, in steps of kKeys, of which some before `end` are kept; else kept is 0. For all lanes
+  // of a warp.
   template <int kKeys>
-  __device__ static Keys find(const uint8_t* keep, int first, int end, int Sk) {
+  __device__ static Keys find(const uint8_t* keep, int first, int end) {
     static_assert(kKeys == 32 || kKeys == 64);
     const int lane = threadIdx.x % kWarpSize;
     for (; first < end; first += kKeys) {
-      const auto kept = [&](int j) { return __ballot_sync(kFullWarp, j < Sk && (!keep || keep[j])); };
+      const auto kept = [&](int j) { return __ballot_sync(kFullWarp, j < end && (!keep || keep[j])); };
       uint64_t bits = kept(first + lane);
       if (kKeys == 64) bits |= (uint64_t)kept(first + kWarpSize + lane) << kWarpSize;
       if (bits) return {first, bits};
@@ -107,8 +106,7 @@ __device__ void each(float (&sums)[kE][kF][4], Use use) {
 #pragma unroll
     for (int f = 0; f < kF; f++)
 #pragma unroll
-      for (int n = 0; n < 4; n++)
-        use(16 * e + lane / 4 + n / 2 * 8, 8 * f + lane % 4 * 2 + n % 2, sums[e][f][n]);
+      for (int n = 0; n < 4; n++) use(16 * e + lane / 4 + n / 2 * 8, 8 * f + lane % 4 * 2 + n % 2, sums[e][f][n]);
 }
 
 // Dropout of a product whose rows are queries and whose columns are keys. One counter decides on 8 keys of 128: what a
