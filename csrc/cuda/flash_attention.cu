@@ -17,190 +17,24 @@
 // Shared memory leaves room for two blocks on a multiprocessor of sm_80, and for one where a block has 99 KiB.
 #include "flash_attention.cuh"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <type_traits>
 
+#include "flash_attention_tiles.cuh"
 #include "launch.h"
-#include "mma.cuh"
 
 namespace fusetune::cuda {
 
 namespace {
 
-constexpr int kThreads = 128, kWarps = kThreads / kWarpSize;
 constexpr char kOp[] = "flash_attention";
 
-__device__ uint32_t bits_of(const __half2& pair) { return *(const uint32_t*)&pair; }
-__device__ uint32_t bits_of(const __nv_bfloat162& pair) { return *(const uint32_t*)&pair; }
-
-// Two numbers in a register, the first in its low half.
-template <class T>
-__device__ uint32_t pack(float x, float y) {
-  if constexpr (std::is_same_v<T, __half>)
-    return bits_of(__floats2half2_rn(x, y));
-  else
-    return bits_of(__floats2bfloat162_rn(x, y));
+template <class T, class Void>
+__device__ Matrix<T> queries(const Part& part, int64_t head, Void* p, const Strides& stride, int64_t cols) {
+  return {(T*)p + part.b * stride.b + head * stride.h + part.q0 * stride.s, stride.s, part.Sq, (int)cols};
 }
-template <class T>
-__device__ float2 unpack(const uint32_t& pair) {
-  if constexpr (std::is_same_v<T, __half>)
-    return __half22float2(*(const __half2*)&pair);
-  else
-    return __bfloat1622float2(*(const __nv_bfloat162*)&pair);
-}
-
-// Rows of one head of one sequence in global memory, each at a multiple of 16 bytes.
-template <class T>
-struct Matrix {
-  T* p;
-  int64_t row;     // elements from one row to the next
-  int rows, cols;  // cols is a multiple of 8
-
-  template <class Void>
-  __device__ static Matrix make(Void* p, const Strides& stride, int64_t b, int64_t head, int64_t token, int rows,
-                                int64_t cols) {
-    return {(T*)p + b * stride.b + head * stride.h + token * stride.s, stride.s, rows, (int)cols};
-  }
-};
-
-// A matrix in shared memory. From row to row it is an odd multiple of 16 bytes, so that eight rows of an ldmatrix lie in
-// different banks. Rows of kD alone, their pieces permuted, would do that too, but take a register for each of four
-// addresses where this takes one, and the forward kernel has none to spare.
-template <class T, int kRows, int kD>
-struct Tile {
-  alignas(16) T at[kRows][kD + 8];
-
-  // The 16 x 16 elements from [r, c] on, as ldmatrix takes its four matrices: from top to bottom, then from left to right.
-  __device__ const T* sixteen(int r, int c) const {
-    const int lane = threadIdx.x % kWarpSize;
-    return &at[r + lane % 16][c + lane / 16 * 8];
-  }
-
-  // Starts to copy rows from r0 on, of which those that are not inside(r), r counted in the tile, become zeros.
-  template <class Inside>
-  __device__ void copy(const Matrix<const T>& m, int r0, Inside inside) {
-    constexpr int kEights = kD / 8, kStep = kThreads / kEights;
-    static_assert(kRows % kStep == 0);
-    const int r = threadIdx.x / kEights, c = threadIdx.x % kEights * 8;
-    const T* from = m.p + (r0 + r) * m.row + c;
-#pragma unroll
-    for (int step = 0; step < kRows; step += kStep, from += kStep * m.row) {
-      const bool there = c < m.cols && inside(step + r);
-      copy_async_16(&at[step + r][c], there ? from : m.p, there ? 16 : 0);
-    }
-  }
-  __device__ void copy(const Matrix<const T>& m, int r0) {
-    copy(m, r0, [&](int r) { return r0 + r < m.rows; });
-  }
-
-  // m from row r0 on = kHeight rows from this one's row `first` on, which are the warp's own, by way of them:
-  // factor(row, counted from `first`) times sums.
-  template <int kE, class Factor>
-  __device__ void store(float (&sums)[kE][kD / 8][4], int first, const Matrix<T>& m, int r0, Factor factor) {
-    const int lane = threadIdx.x % kWarpSize;
-    __syncwarp();
-#pragma unroll
-    for (int e = 0; e < kE; e++)
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int r = 16 * e + 8 * h + lane / 4;
-        const float by = factor(e, h);
-#pragma unroll
-        for (int f = 0; f < kD / 8; f++)
-          *(uint32_t*)&at[first + r][8 * f + lane % 4 * 2] =
-              pack<T>(by * sums[e][f][2 * h], by * sums[e][f][2 * h + 1]);
-      }
-    __syncwarp();
-    for (int i = lane; i < 16 * kE * kD / 8; i += kWarpSize) {
-      const int r = i / (kD / 8), c = i % (kD / 8) * 8;
-      if (r0 + r < m.rows && c < m.cols) *(uint4*)(m.p + (r0 + r) * m.row + c) = *(uint4*)&at[first + r][c];
-    }
-  }
-};
-
-// The left operand of a product: 16 kE rows of a tile from `first` on. load(): those 16 from 16 e on and 16 columns.
-template <class T, int kRows, int kD>
-struct RowsOfTile {
-  const Tile<T, kRows, kD>& tile;
-  int first;
-
-  __device__ void load(uint32_t (&a)[4], int e, int k) const { ldmatrix_x4(a, tile.sixteen(first + 16 * e, k)); }
-};
-
-// The same of 16 rows, in registers.
-template <int kD>
-struct RowsInRegisters {
-  uint32_t at[kD / 16][4];
-
-  template <class Rows>
-  __device__ RowsInRegisters(const Rows& rows) {
-#pragma unroll
-    for (int k = 0; k < kD; k += 16) rows.load(at[k / 16], 0, k);
-  }
-  __device__ void load(uint32_t (&a)[4], int, int k) const {
-#pragma unroll
-    for (int n = 0; n < 4; n++) a[n] = at[k / 16][n];
-  }
-};
-
-// sums = left right^T
-template <int kE, int kF, class Left, class T, int kRows, int kD>
-__device__ void multiply_rows(float (&sums)[kE][kF][4], const Left& left, const Tile<T, kRows, kD>& right) {
-  static_assert(kRows == 8 * kF);
-  each(sums, [](int, int, float& x) { x = 0; });
-#pragma unroll
-  for (int k = 0; k < kD; k += 16) {
-    uint32_t a[kE][4];
-#pragma unroll
-    for (int e = 0; e < kE; e++) left.load(a[e], e, k);
-#pragma unroll
-    for (int f = 0; f < kF; f += 2) {
-      uint32_t b[4];
-      ldmatrix_x4(b, right.sixteen(8 * f, k));
-#pragma unroll
-      for (int e = 0; e < kE; e++) {
-        mma_m16n8k16<T>(sums[e][f], a[e], b[0], b[2]);
-        mma_m16n8k16<T>(sums[e][f + 1], a[e], b[1], b[3]);
-      }
-    }
-  }
-}
-
-// The result of a product, rounded to T, as the left operand of another.
-template <class T, int kE, int kF>
-struct Rounded {
-  uint32_t at[kE][kF / 2][4];
-
-  __device__ explicit Rounded(const float (&sums)[kE][kF][4]) {
-#pragma unroll
-    for (int e = 0; e < kE; e++)
-#pragma unroll
-      for (int f = 0; f < kF; f++)
-#pragma unroll
-        for (int h = 0; h < 2; h++) at[e][f / 2][f % 2 * 2 + h] = pack<T>(sums[e][f][2 * h], sums[e][f][2 * h + 1]);
-  }
-};
-
-// sums += left right
-template <int kE, int kF, class T, int kRows, int kD>
-__device__ void multiply_columns(float (&sums)[kE][kD / 8][4], const Rounded<T, kE, kF>& left,
-                                 const Tile<T, kRows, kD>& right) {
-  static_assert(kRows == 8 * kF);
-#pragma unroll
-  for (int f = 0; f < kF; f += 2) {
-#pragma unroll
-    for (int d = 0; d < kD; d += 16) {
-      uint32_t b[4];
-      ldmatrix_x4_trans(b, right.sixteen(8 * f, d));
-#pragma unroll
-      for (int e = 0; e < kE; e++) {
-        mma_m16n8k16<T>(sums[e][d / 8], left.at[e][f / 2], b[0], b[1]);
-        mma_m16n8k16<T>(sums[e][d / 8 + 1], left.at[e][f / 2], b[2], b[3]);
-      }
-    }
-  }
+template <class T, class Void>
+__device__ Matrix<T> keys_of(const Part& part, int64_t head, Void* p, const Strides& stride, int64_t cols) {
+  return {(T*)p + part.b * stride.b + head * stride.h + part.k0 * stride.s, stride.s, part.Sk, (int)cols};
 }
 
 // s = -inf where query i0 + row does not see the key of a column.
@@ -278,9 +112,9 @@ __global__ void __launch_bounds__(kThreads, 2) forward(FlashAttention call, Drop
   const auto part = Part::find<Tiles::kQueries>(call, gridDim.x - 1 - blockIdx.x, call.H, call.Sq, call.q_starts);
   if (part.first < 0 || part.first >= part.Sq) return;
   const int64_t key_head = part.head / (call.H / call.Hkv);
-  const auto q = Matrix<const T>::make(call.q, call.q_stride, part.b, part.head, part.q0, part.Sq, call.D);
-  const auto k = Matrix<const T>::make(call.k, call.k_stride, part.b, key_head, part.k0, part.Sk, call.D);
-  const auto v = Matrix<const T>::make(call.v, call.v_stride, part.b, key_head, part.k0, part.Sk, call.Dv);
+  const auto q = queries<const T>(part, part.head, call.q, call.q_stride, call.D);
+  const auto k = keys_of<const T>(part, key_head, call.k, call.k_stride, call.D);
+  const auto v = keys_of<const T>(part, key_head, call.v, call.v_stride, call.Dv);
   const uint8_t* keep = call.keep ? call.keep + part.b * call.keep_row : nullptr;
   const Band band = Band::of(call, part);
   const int end = band.end_key(min(part.first + Tiles::kQueries, part.Sq), part.Sk);
@@ -320,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward(FlashAttention call, Drop
 
   copy_async_wait<0>();
   __syncthreads();  // q is here where there was no key
-  const auto out = Matrix<T>::make(call.o, call.o_stride, part.b, part.head, part.q0, part.Sq, call.Dv);
+  const auto out = queries<T>(part, part.head, call.o, call.o_stride, call.Dv);
   float factor[kE][2];
 #pragma unroll
   for (int e = 0; e < kE; e++)
@@ -391,11 +225,10 @@ __global__ void __launch_bounds__(kThreads, 2) backward_q(FlashAttention call, D
   const auto part = Part::find<Tiles::kQueries>(call, gridDim.x - 1 - blockIdx.x, call.H, call.Sq, call.q_starts);
   if (part.first < 0 || part.first >= part.Sq) return;
   const int64_t key_head = part.head / (call.H / call.Hkv);
-  const auto q = Matrix<const T>::make(call.q, call.q_stride, part.b, part.head, part.q0, part.Sq, call.D);
-  const auto k = Matrix<const T>::make(call.k, call.k_stride, part.b, key_head, part.k0, part.Sk, call.D);
-  const auto v = Matrix<const T>::make(call.v, call.v_stride, part.b, key_head, part.k0, part.Sk, call.Dv);
-  const auto grad_o =
-      Matrix<const T>::make(call.grad_o, call.grad_o_stride, part.b, part.head, part.q0, part.Sq, call.Dv);
+  const auto q = queries<const T>(part, part.head, call.q, call.q_stride, call.D);
+  const auto k = keys_of<const T>(part, key_head, call.k, call.k_stride, call.D);
+  const auto v = keys_of<const T>(part, key_head, call.v, call.v_stride, call.Dv);
+  const auto grad_o = queries<const T>(part, part.head, call.grad_o, call.grad_o_stride, call.Dv);
   const uint8_t* keep = call.keep ? call.keep + part.b * call.keep_row : nullptr;
   const Band band = Band::of(call, part);
   const int end = band.end_key(min(part.first + Tiles::kQueries, part.Sq), part.Sk);
@@ -449,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_q(FlashAttention call, D
     multiply_columns(dq, Rounded<T, 1, kF>(ds), tiles.passing[now].k);
     keys = following;
   }
-  const auto out = Matrix<T>::make(call.dq, call.dq_stride, part.b, part.head, part.q0, part.Sq, call.D);
+  const auto out = queries<T>(part, part.head, call.dq, call.dq_stride, call.D);
   tiles.q.store(dq, warp_row, out, i0, [&](int, int) { return call.scale; });
 }
 
@@ -459,10 +292,8 @@ struct BackwardKvTiles {
   Tile<T, kKeys, kD> k, v;
   struct {
     Tile<T, kQueries, kD> q, grad_o;
-    alignas(8) RowSums rows[kQueries];
-    // Dropout: bit j of [c, i] is of key c + 16 j of 128. Rows of c are an odd multiple of 8 bytes apart, so that the
-    // eight that a warp reads lie in different banks.
-    uint8_t kept[16][kQueries + 8];
+    alignas(16) RowSums rows[kQueries];
+    KeptInColumns<kQueries> kept;
   } passing[2];
 };
 
@@ -473,8 +304,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kv(FlashAttention call, 
   auto& tiles = *(Tiles*)dynamic_shared;
   const auto part = Part::find<Tiles::kKeys>(call, blockIdx.x, call.Hkv, call.Sk, call.k_starts);
   if (part.first < 0 || part.first >= part.Sk) return;
-  const auto k = Matrix<const T>::make(call.k, call.k_stride, part.b, part.head, part.k0, part.Sk, call.D);
-  const auto v = Matrix<const T>::make(call.v, call.v_stride, part.b, part.head, part.k0, part.Sk, call.Dv);
+  const auto k = keys_of<const T>(part, part.head, call.k, call.k_stride, call.D);
+  const auto v = keys_of<const T>(part, part.head, call.v, call.v_stride, call.Dv);
   const uint8_t* keep = call.keep ? call.keep + part.b * call.keep_row : nullptr;
   const Keys keys = Keys::find<Tiles::kKeys>(keep, part.first, min(part.first + Tiles::kKeys, part.Sk));
   const Band band = Band::of(call, part);
@@ -492,20 +323,14 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kv(FlashAttention call, 
       auto& tile = tiles.passing[into];
       const int64_t head = part.head * group + step / blocks;
       const int i = (first_block + step % blocks) * Tiles::kQueries;
-      tile.q.copy(Matrix<const T>::make(call.q, call.q_stride, part.b, head, part.q0, part.Sq, call.D), i);
-      tile.grad_o.copy(Matrix<const T>::make(call.grad_o, call.grad_o_stride, part.b, head, part.q0, part.Sq, call.Dv),
-                       i);
+      tile.q.copy(queries<const T>(part, head, call.q, call.q_stride, call.D), i);
+      tile.grad_o.copy(queries<const T>(part, head, call.grad_o, call.grad_o_stride, call.Dv), i);
       const RowSums* rows = (const RowSums*)call.workspace + (part.b * call.H + head) * call.Sq + part.q0;
       if (threadIdx.x < Tiles::kQueries) {
         const bool there = i + (int)threadIdx.x < part.Sq;
         copy_async_8(&tile.rows[threadIdx.x], there ? rows + i + threadIdx.x : rows, there ? 8 : 0);
       }
-      if constexpr (kDropout) {
-        const uint64_t row0 = dropout_row(call, part.sequence, head, i);
-        for (int n = threadIdx.x; n < 16 * Tiles::kQueries; n += kThreads)
-          tile.kept[n % 16][n / 16] = keep_bits((uint64_t)*dropout.seed, row0 + n / 16,
-                                                part.first / kMaskGroup * 16 + n % 16, dropout.threshold);
-      }
+      if constexpr (kDropout) tile.kept.make(dropout, dropout_row(call, part.sequence, head, i), part.first);
     }
     copy_async_commit();
   };
@@ -527,39 +352,34 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kv(FlashAttention call, 
       each(p, [&](int row, int column, float& x) {
         if (!band.has(i0 + column, j0 + row)) x = -INFINITY;
       });
-    each(p, [&](int, int column, float& x) { x = exp2_approx(fmaf(call.scale * kLog2E, x, -tile.rows[column].lse)); });
-    uint32_t dropped = 0;  // bit 4 f + n
-    if constexpr (kDropout) {
-      const int bit = j0 % kMaskGroup / 16;
+    const auto two_rows = [&](int f) { return *(const float4*)&tile.rows[8 * f + lane % 4 * 2]; };  // lse, d, lse, d
 #pragma unroll
-      for (int f = 0; f < kF; f++)
+    for (int f = 0; f < kF; f++) {
+      const float4 two = two_rows(f);
 #pragma unroll
-        for (int n = 0; n < 4; n++)
-          if (!(tile.kept[lane / 4 + n / 2 * 8][8 * f + lane % 4 * 2 + n % 2] >> bit & 1)) dropped |= 1u << (4 * f + n);
+      for (int n = 0; n < 4; n++) {
+        float& x = p[0][f][n];
+        x = exp2_approx(fmaf(call.scale * kLog2E, x, -(n % 2 ? two.z : two.x)));
+      }
     }
-    const auto without_dropped = [&](float (&sums)[1][kF][4], float scale) {
+    uint32_t kept = ~0u;
+    if constexpr (kDropout) kept = tile.kept.of_lane(j0);
+    const auto dropped = [&](float (&to)[1][kF][4], const float (&from)[1][kF][4], float scale) {
 #pragma unroll
       for (int f = 0; f < kF; f++)
 #pragma unroll
-        for (int n = 0; n < 4; n++) sums[0][f][n] = dropped >> (4 * f + n) & 1 ? 0 : sums[0][f][n] * scale;
+        for (int n = 0; n < 4; n++) to[0][f][n] = kept >> (4 * f + n) & 1 ? from[0][f][n] * scale : 0;
     };
-    if constexpr (kDropout) {
-      each(ds, [](int, int, float& x) { x = 0; });
-#pragma unroll
-      for (int f = 0; f < kF; f++)
-#pragma unroll
-        for (int n = 0; n < 4; n++) ds[0][f][n] = p[0][f][n];
-      without_dropped(ds, 1);
-      multiply_columns(dv, Rounded<T, 1, kF>(ds), tile.grad_o);
-    } else {
-      multiply_columns(dv, Rounded<T, 1, kF>(p), tile.grad_o);
-    }
+    dropped(ds, p, 1);
+    multiply_columns(dv, Rounded<T, 1, kF>(ds), tile.grad_o);
     multiply_rows(ds, RowsOfTile<T, Tiles::kKeys, kD>{tiles.v, warp_row}, tile.grad_o);
-    if constexpr (kDropout) without_dropped(ds, dropout.scale);
+    dropped(ds, ds, kDropout ? dropout.scale : 1);
 #pragma unroll
-    for (int f = 0; f < kF; f++)
+    for (int f = 0; f < kF; f++) {
+      const float4 two = two_rows(f);
 #pragma unroll
-      for (int n = 0; n < 4; n++) ds[0][f][n] = p[0][f][n] * (ds[0][f][n] - tile.rows[8 * f + lane % 4 * 2 + n % 2].d);
+      for (int n = 0; n < 4; n++) ds[0][f][n] = p[0][f][n] * (ds[0][f][n] - (n % 2 ? two.w : two.y));
+    }
     multiply_columns(dk, Rounded<T, 1, kF>(ds), tile.q);
   }
 
@@ -568,8 +388,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kv(FlashAttention call, 
   const auto kept_times = [&](float scale) {
     return [&keys, warp_row, lane, scale](int, int h) { return keys.has(warp_row + 8 * h + lane / 4) ? scale : 0; };
   };
-  const auto dk_out = Matrix<T>::make(call.dk, call.dk_stride, part.b, part.head, part.k0, part.Sk, call.D);
-  const auto dv_out = Matrix<T>::make(call.dv, call.dv_stride, part.b, part.head, part.k0, part.Sk, call.Dv);
+  const auto dk_out = keys_of<T>(part, part.head, call.dk, call.dk_stride, call.D);
+  const auto dv_out = keys_of<T>(part, part.head, call.dv, call.dv_stride, call.Dv);
   tiles.k.store(dk, warp_row, dk_out, j0, kept_times(call.scale));
   tiles.v.store(dv, warp_row, dv_out, j0, kept_times(dropout.scale));
 }

@@ -150,7 +150,32 @@ struct KeptInRows {
   }
 };
 
-// The first row of the dropout of a part whose rows are queries.
+// Dropout of a product whose rows are keys and whose columns are queries, in shared memory: the 16 keys of a warp take
+// one bit of each byte.
+template <int kQueries>
+struct KeptInColumns {
+  uint8_t at[16][kQueries + 8];  // [c, i], bit j: of key c + 16 j of the 128. Eight rows lie in different banks
+
+  // By all threads, between barriers.
+  __device__ void make(const Dropout& dropout, uint64_t row0, int key) {
+    const uint64_t seed = (uint64_t)*dropout.seed;
+    for (int n = threadIdx.x; n < 16 * kQueries; n += blockDim.x)
+      at[n % 16][n / 16] = keep_bits(seed, row0 + n / 16, key / kMaskGroup * 16 + n % 16, dropout.threshold);
+  }
+  // Of the rows from `key` on, what this lane has: bit 4 f + n is of element [f][n].
+  __device__ uint32_t of_lane(int key) const {
+    const int lane = threadIdx.x % kWarpSize;
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < kQueries / 2; i++) {
+      const uint32_t byte = at[lane / 4 + i / 2 % 2 * 8][8 * (i / 4) + lane % 4 * 2 + i % 2];
+      bits |= (byte >> (key % kMaskGroup / 16) & 1) << i;
+    }
+    return bits;
+  }
+};
+
+// The row of query i of dropout (philox.h).
 __device__ inline uint64_t dropout_row(const FlashAttention& call, int64_t sequence, int64_t head, int i) {
   return (uint64_t)(sequence * call.H + head) << 32 | (uint32_t)i;
 }

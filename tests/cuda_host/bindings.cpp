@@ -28,6 +28,7 @@ PYBIND11_MODULE(fusetune_cuda_host, m) {
   m.def("load_fragments", launcher(fusetune::cuda::load_fragments));
   m.def("multiply_fragments", launcher(fusetune::cuda::multiply_fragments));
   m.def("round_to_tf32", launcher(fusetune::cuda::round_to_tf32));
+  m.def("exponentials", launcher(fusetune::cuda::exponentials));
   m.def("copy_groups", launcher(fusetune::cuda::copy_groups));
 
 #ifndef ON_GPU
