@@ -14,6 +14,7 @@ from fusetune import _native
 from fusetune._check import FLOATS, check, check_device, check_dtype, check_probability, check_shape
 from fusetune._register import register
 from fusetune.backend import choose
+from fusetune.ops._flash_attention_cuda import aligned, cuda_refuses
 from fusetune.ops.philox import draw_seed, keep_mask, kept_scale
 
 MAX_HEAD_DIM = 256
@@ -425,27 +426,6 @@ class _FlashAttention(torch.autograd.Function):
         return dq, dk, dv, None, None, dbias, drelative, dsinks, *[None] * 9
 
 
-def cuda_refuses(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> str | None:
-    """Why the CUDA kernels, which are made for speed, do not take a call, or None. Triton's take all."""
-    for name, given in (
-        ("mask", a.mask is not None),
-        ("bias", a.bias is not None),
-        ("relative_bias", a.relative is not None),
-        ("sinks", a.sinks is not None),
-        ("softcap", a.softcap != 0),
-    ):
-        if given:
-            return f"{name} must be None, which Triton takes"
-    if q.dtype == torch.float32:
-        return "q must be bfloat16 or float16, got float32, which Triton takes"
-    if not a.scale > 0:
-        return f"scale must be positive, got {a.scale}, which Triton takes"
-    for name, size in (("D", q.shape[3]), ("Dv", v.shape[3])):
-        if size % 8 or not 8 <= size <= 128:
-            return f"{name} must be a multiple of 8 from 8 to 128, got {size}, which Triton takes"
-    return None
-
-
 def _backend(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> str:
     backend = choose(_OP, q.device)
     if backend == "cuda" and (reason := cuda_refuses(q, k, v, a)):
@@ -456,14 +436,6 @@ def _backend(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> str:
 def _rows(x: Tensor) -> Tensor:
     """x with neighbouring elements in its last dimension, as the kernels read it."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """x with rows at multiples of 16 bytes, as the CUDA kernels read it."""
-    strides = [stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
-    if x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in strides):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
@@ -481,7 +453,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tenso
 
         triton_attention.forward(q, k, v, a, o, lse)
     elif backend == "cuda":
-        q, k, v = _aligned(q), _aligned(k), _aligned(v)
+        q, k, v = aligned(q), aligned(k), aligned(v)
         call = _call(q, k, v, a, o, lse)
         with _native.current_stream(q.device) as stream:
             _native.extension().cuda_flash_attention_forward(call, stream)
@@ -511,7 +483,7 @@ def _backward(
         triton_attention.backward(grad_o, grad_lse, q, k, v, a, o, lse, *gradients)
     else:
         if backend == "cuda":
-            grad_o, q, k, v, o = (_aligned(t) for t in (grad_o, q, k, v, o))
+            grad_o, q, k, v, o = (aligned(t) for t in (grad_o, q, k, v, o))
         call = _call(q, k, v, a, o, lse)
         call.grad_o, call.grad_o_stride, call.grad_lse = (
             grad_o.data_ptr(),
