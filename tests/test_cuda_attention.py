@@ -105,6 +105,19 @@ def test_padded_keys_are_never_read(cuda, kind):
     assert not any(t.isnan().any() for t in got.values())
 
 
+def test_gradients_of_queries_that_see_no_key_are_not_read(cuda):
+    """Of the first five, causal, and of the next ten, whose keys are padding."""
+    inputs, do = make((1, 2, 1, 70, 65, 64, 64), BF16, cuda)
+    keep = torch.arange(65, device=cuda)[None] >= 10
+
+    def run():
+        return oracle.gradients(lambda **t: flash_attention(**t, causal=True, key_padding_mask=keep), inputs, do)
+
+    expected = run()
+    do[:, :, :15] = math.nan
+    assert all(torch.equal(got, expected[name]) for name, got in run().items())
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 def test_packed_sequences(cuda, dropout_p):
     """Members without queries, without keys, of one token and longer than a tile; tokens outside of all."""

@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_q(FlashAttention call, D
     keys = following;
   }
   const auto out = queries<T>(part, part.head, call.dq, call.dq_stride, call.D);
-  tiles.q.store(dq, warp_row, out, i0, [&](int, int) { return call.scale; });
+  tiles.q.store(dq, warp_row, out, i0, [&](int, int h) { return rows[h].lse == INFINITY ? 0 : call.scale; });
 }
 
 template <class T, int kD>
@@ -345,6 +345,16 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kv(FlashAttention call, 
     copy_async_wait<0>();
     __syncthreads();  // the queries of `step` are here, and the others have been read
     copy((step + 1) % 2, step + 1);
+    // What a query that sees no key has in do takes no part, be it NaN.
+    bool blind = false;
+    for (int i = lane; i < Tiles::kQueries; i += kWarpSize) blind |= tile.rows[i].lse == INFINITY;
+    if (__any_sync(kFullWarp, blind)) {  // in all warps alike
+      for (int i = threadIdx.x; i < Tiles::kQueries * kD / 8; i += kThreads) {
+        const int r = i / (kD / 8), c = i % (kD / 8) * 8;
+        if (tile.rows[r].lse == INFINITY) *(uint4*)&tile.grad_o.at[r][c] = make_uint4(0, 0, 0, 0);
+      }
+      __syncthreads();
+    }
     // Rows are keys and columns are queries. Keys that are not kept are left out in the end.
     float p[1][kF][4], ds[1][kF][4];
     multiply_rows(p, RowsOfTile<T, Tiles::kKeys, kD>{tiles.k, warp_row}, tile.q);
