@@ -102,6 +102,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   FIELD(sinks); FIELD(q_starts); FIELD(k_starts); FIELD(members); FIELD(dropout_p); FIELD(seed); FIELD(seed_cell);
   FIELD(grad_o); FIELD(grad_o_stride); FIELD(grad_lse); FIELD(dq); FIELD(dk); FIELD(dv); FIELD(dq_stride);
   FIELD(dk_stride); FIELD(dv_stride); FIELD(dbias); FIELD(dbias_stride); FIELD(drelative); FIELD(dsinks);
+  FIELD(workspace);
 #undef FIELD
   // clang-format on
   m.def("flash_attention_forward", cpu_launcher(fusetune::cpu::flash_attention_forward), "call"_a, "threads"_a);
@@ -126,6 +127,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("cuda_lora_outer", cuda_launcher(fusetune::cuda::lora_outer), "t"_a, "u"_a, "out"_a, "workspace"_a, "M"_a,
         "C"_a, "R"_a, "t_row"_a, "u_row"_a, "out_rank"_a, "out_col"_a, "factor"_a, "dropout_p"_a, "seed"_a, "masks"_a,
         "dtype"_a, "dot_dtype"_a, "out_dtype"_a, "stream"_a);
+  m.def("cuda_flash_attention_forward", cuda_launcher(fusetune::cuda::flash_attention_forward), "call"_a, "stream"_a);
+  m.def("cuda_flash_attention_backward", cuda_launcher(fusetune::cuda::flash_attention_backward), "call"_a, "stream"_a);
   m.def("cuda_adamw_step", cuda_launcher(fusetune::cuda::adamw_step), "table"_a, "rows"_a, "hypers"_a, "grad_scale"_a,
         "found_inf"_a, "stream"_a);
   m.def("cuda_dequantize", cuda_launcher(fusetune::cuda::dequantize), "codes"_a, "absmax"_a, "nested"_a, "out"_a,

@@ -94,6 +94,7 @@ struct FlashAttention {
   MaskStrides dbias_stride;
   float* drelative;  // [H, 2 N - 1]
   float* dsinks;     // [H]
+  float* workspace;  // [B, H, Sq, 2], on a GPU
 };
 
 }  // namespace fusetune
@@ -107,6 +108,11 @@ FUSETUNE_LAUNCHER(FlashAttentionLauncher, flash_attention_backward)
 }  // namespace fusetune::cpu
 
 namespace fusetune::cuda {
+
+// On tensor cores of sm_80: bfloat16 and float16, D and Dv multiples of 8 up to 128, scale > 0, and rows at multiples of
+// 16 bytes. mask, bias, relative, sinks and softcap are not read. kernels/flash_attention.py has the rest.
+void flash_attention_forward(const FlashAttention& call, void* stream);
+void flash_attention_backward(const FlashAttention& call, void* stream);
 
 // On Hopper GPUs: 16-bit tensors with D = Dv of 64 or 128, all sizes at least 1, addresses and strides of multiples of 16
 // bytes, scale > 0; left -1, right -1 or 0; nothing of softcap, keep, mask, bias, relative, sinks, members and dropout.

@@ -214,6 +214,14 @@ def test_to_tf32(kernels):
     torch.testing.assert_close(got, to_tf32(x.cpu()), rtol=0, atol=0, equal_nan=True)
 
 
+def test_exp2_approx(kernels):
+    x = torch.cat([torch.linspace(-125, 127, 10007), torch.tensor([0.0, -130.0, -torch.inf, torch.inf, torch.nan])])
+    y = torch.empty_like(x, device=kernels.device)
+    kernels("exponentials", x.to(kernels.device), y, len(x))
+    exact = torch.where(x < -126, 0, torch.exp2(x.double()))
+    torch.testing.assert_close(y.cpu().double(), exact, rtol=2**-22, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("trans", [False, True])
 @pytest.mark.parametrize("matrices", [2, 4])
 def test_ldmatrix(kernels, matrices, trans):
@@ -241,27 +249,29 @@ def load(kernels: Kernels, tile: Tensor, offsets: Tensor, matrices: int, trans: 
 
 
 def copy(
-    kernels: Kernels, source_bytes: Tensor, complete: int, read: int, barrier: bool = True
+    kernels: Kernels, source_bytes: Tensor, complete: int, read: int, barrier: bool = True, halves: bool = False
 ) -> tuple[Tensor, Tensor]:
     """What lies at `from`, and what was copied, [2, 32, 16] bytes."""
     source = torch.randint(1, 256, (2, 32, 16), dtype=torch.uint8)
     target = torch.zeros_like(source, device=kernels.device)
     source_bytes = source_bytes.to(kernels.device, torch.int32)
-    kernels("copy_groups", source.to(kernels.device), target, source_bytes, complete, read, barrier)
+    kernels("copy_groups", source.to(kernels.device), target, source_bytes, halves, complete, read, barrier)
     return source, target.cpu()
 
 
+@pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("groups", [0, 1, 2])
-def test_copies(kernels, groups):
-    source, target = copy(kernels, torch.full((2, 32), 16), groups, groups)
+def test_copies(kernels, groups, halves):
+    source, target = copy(kernels, torch.full((2, 32), 16), groups, groups, halves=halves)
     assert torch.equal(target[:groups], source[:groups])
     assert not target[groups:].any()
 
 
-def test_copies_fill_with_zeros(kernels):
+@pytest.mark.parametrize("halves", [False, True])
+def test_copies_fill_with_zeros(kernels, halves):
     source_bytes = torch.randint(0, 17, (2, 32))
     source_bytes[0, :17] = torch.arange(17)
-    source, target = copy(kernels, source_bytes, 2, 2)
+    source, target = copy(kernels, source_bytes, 2, 2, halves=halves)
     kept = torch.arange(16) < source_bytes[..., None]
     assert torch.equal(target, torch.where(kept, source, 0))
 

@@ -1,4 +1,4 @@
-// Tensor-core and copy instructions of sm_80 and later behind names: inline PTX on the device, and for the tests that
+// Tensor-core, copy and exponential instructions of sm_80 and later behind names: inline PTX on the device, and for the tests that
 // run kernels on the host the same functions in tests/cuda_host/include/mma_host.h.
 //
 // How the lanes of a warp hold matrices (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", "Matrix
@@ -115,6 +115,13 @@ __device__ __forceinline__ void copy_async_16(void* shared, const void* global, 
                : "memory");
 }
 
+// The same of 8 bytes, through that cache.
+__device__ __forceinline__ void copy_async_8(void* shared, const void* global, int source_bytes = 8) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)),
+               "l"(__cvta_generic_to_global(global)), "r"(source_bytes)
+               : "memory");
+}
+
 // Makes a group of the copies that this thread has started since the last one.
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -122,6 +129,13 @@ __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.com
 template <int pending>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// 2^x to 2^-22 of it; 0 for -inf and where it would be subnormal.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 }  // namespace fusetune::cuda

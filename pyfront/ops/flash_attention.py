@@ -14,6 +14,7 @@ from fusetune import _native
 from fusetune._check import FLOATS, check, check_device, check_dtype, check_probability, check_shape
 from fusetune._register import register
 from fusetune.backend import choose
+from fusetune.ops._flash_attention_cuda import aligned, cuda_refuses
 from fusetune.ops.philox import draw_seed, keep_mask, kept_scale
 
 MAX_HEAD_DIM = 256
@@ -425,6 +426,13 @@ class _FlashAttention(torch.autograd.Function):
         return dq, dk, dv, None, None, dbias, drelative, dsinks, *[None] * 9
 
 
+def _backend(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> str:
+    backend = choose(_OP, q.device)
+    if backend == "cuda" and (reason := cuda_refuses(q, k, v, a)):
+        return choose(_OP, q.device, ((backend, reason),))
+    return backend
+
+
 def _rows(x: Tensor) -> Tensor:
     """x with neighbouring elements in its last dimension, as the kernels read it."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
@@ -439,11 +447,16 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tenso
     if a.q_starts is not None:  # for tokens outside of all members
         o.zero_()
         lse.fill_(-math.inf)
-    backend = choose(_OP, q.device)
+    backend = _backend(q, k, v, a)
     if backend == "triton":
         from fusetune.kernels import flash_attention as triton_attention
 
         triton_attention.forward(q, k, v, a, o, lse)
+    elif backend == "cuda":
+        q, k, v = aligned(q), aligned(k), aligned(v)
+        call = _call(q, k, v, a, o, lse)
+        with _native.current_stream(q.device) as stream:
+            _native.extension().cuda_flash_attention_forward(call, stream)
     else:
         call = _call(q, k, v, a, o, lse)
         _native.extension().flash_attention_forward(call, _native.threads())
@@ -463,12 +476,14 @@ def _backward(
     gradients = dq, dk, dv, dbias, drelative, dsinks = _gradients(q, k, v, a, needed)
     for gradient in gradients if a.q_starts is not None else (dbias, drelative, dsinks):
         gradient.zero_()
-    backend = choose(_OP, q.device)
+    backend = _backend(q, k, v, a)
     if backend == "triton":
         from fusetune.kernels import flash_attention as triton_attention
 
         triton_attention.backward(grad_o, grad_lse, q, k, v, a, o, lse, *gradients)
     else:
+        if backend == "cuda":
+            grad_o, q, k, v, o = (aligned(t) for t in (grad_o, q, k, v, o))
         call = _call(q, k, v, a, o, lse)
         call.grad_o, call.grad_o_stride, call.grad_lse = (
             grad_o.data_ptr(),
@@ -480,7 +495,13 @@ def _backward(
         if needed[0]:
             call.dbias, call.dbias_stride = dbias.data_ptr(), _broadcast_strides(dbias)
         call.drelative, call.dsinks = (t.data_ptr() if t.numel() else 0 for t in (drelative, dsinks))
-        _native.extension().flash_attention_backward(call, _native.threads())
+        if backend == "cuda":
+            workspace = q.new_empty(*lse.shape, 2, dtype=torch.float32)
+            call.workspace = workspace.data_ptr()
+            with _native.current_stream(q.device) as stream:
+                _native.extension().cuda_flash_attention_backward(call, stream)
+        else:
+            _native.extension().flash_attention_backward(call, _native.threads())
     if a.bias is not None and needed[0]:
         dbias = dbias.to(a.bias.dtype)
     return dq, dk, dv, dbias, drelative, dsinks

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "../../csrc/adamw.h"
+#include "../../csrc/flash_attention.h"
 #include "../../csrc/lora.h"
 #include "../../csrc/quantize.h"
 #include "planted.h"
@@ -27,9 +28,12 @@ PYBIND11_MODULE(fusetune_cuda_host, m) {
   m.def("load_fragments", launcher(fusetune::cuda::load_fragments));
   m.def("multiply_fragments", launcher(fusetune::cuda::multiply_fragments));
   m.def("round_to_tf32", launcher(fusetune::cuda::round_to_tf32));
+  m.def("exponentials", launcher(fusetune::cuda::exponentials));
   m.def("copy_groups", launcher(fusetune::cuda::copy_groups));
 
 #ifndef ON_GPU
+  m.def("cuda_flash_attention_forward", launcher(fusetune::cuda::flash_attention_forward));
+  m.def("cuda_flash_attention_backward", launcher(fusetune::cuda::flash_attention_backward));
   m.def("cuda_adamw_step", launcher(fusetune::cuda::adamw_step));
   m.def("cuda_lora_down", launcher(fusetune::cuda::lora_down));
   m.def("cuda_lora_up", launcher(fusetune::cuda::lora_up));

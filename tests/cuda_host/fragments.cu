@@ -54,11 +54,23 @@ __global__ void round_each(const float* x, uint32_t* y, int64_t n) {
   if (i < n) y[i] = to_tf32(x[i]);
 }
 
-__global__ void copy(const uint4* from, uint4* to, const int* source_bytes, int complete, int read, bool barrier) {
+__global__ void exponentiate(const float* x, float* y, int64_t n) {
+  const int64_t i = (int64_t)blockIdx.x * kWarp + threadIdx.x;
+  if (i < n) y[i] = exp2_approx(x[i]);
+}
+
+__global__ void copy(const uint4* from, uint4* to, const int* source_bytes, bool halves, int complete, int read,
+                     bool barrier) {
   __shared__ uint4 tile[2][kWarp];
   for (int group = 0; group < 2; group++) {
     const int i = group * kWarp + threadIdx.x;
-    copy_async_16(&tile[group][threadIdx.x], from + i, source_bytes[i]);
+    uint4* shared = &tile[group][threadIdx.x];
+    if (halves) {
+      copy_async_8(shared, from + i, min(source_bytes[i], 8));
+      copy_async_8(&shared->z, &from[i].z, max(source_bytes[i] - 8, 0));
+    } else {
+      copy_async_16(shared, from + i, source_bytes[i]);
+    }
     copy_async_commit();
   }
   if (complete == 1) copy_async_wait<1>();
@@ -86,9 +98,14 @@ void round_to_tf32(const float* x, uint32_t* y, int64_t n, void* stream) {
   launch("round_to_tf32", round_each, (unsigned)((n + kWarp - 1) / kWarp), kWarp, stream, x, y, n);
 }
 
-void copy_groups(const void* from, void* to, const int* source_bytes, int complete, int read, bool barrier,
+void exponentials(const float* x, float* y, int64_t n, void* stream) {
+  launch("exponentials", exponentiate, (unsigned)((n + kWarp - 1) / kWarp), kWarp, stream, x, y, n);
+}
+
+void copy_groups(const void* from, void* to, const int* source_bytes, bool halves, int complete, int read, bool barrier,
                  void* stream) {
-  launch("copy_groups", copy, 1, kWarp, stream, (const uint4*)from, (uint4*)to, source_bytes, complete, read, barrier);
+  launch("copy_groups", copy, 1, kWarp, stream, (const uint4*)from, (uint4*)to, source_bytes, halves, complete, read,
+         barrier);
 }
 
 }  // namespace fusetune::cuda

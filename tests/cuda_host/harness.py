@@ -172,7 +172,12 @@ def lines_executed() -> dict[str, dict[int, int]]:
         build()
         for data in CACHE.glob("*.gcda"):  # of earlier runs
             data.unlink()
-        tests = ["test_cuda_products.py", "test_lora_products.py", *(f"test_{path.stem}.py" for path in shipped())]
+        tests = [
+            "test_cuda_products.py",
+            "test_cuda_attention.py",
+            "test_lora_products.py",
+            *(f"test_{path.stem}.py" for path in shipped()),
+        ]
         subprocess.run(
             [
                 sys.executable,

@@ -28,10 +28,13 @@ void multiply_fragments(const uint32_t* a,  // [warps, 32, 4]
 
 void round_to_tf32(const float* x, uint32_t* y, int64_t n, void* stream);
 
+void exponentials(const float* x, float* y, int64_t n, void* stream);
+
 // cp.async in two groups of 32 copies, one of each a thread's, each read by the thread's neighbour.
 void copy_groups(const void* from,         // [2, 32] times 16 bytes
                  void* to,                 // likewise, out
                  const int* source_bytes,  // [2, 32]
+                 bool halves,              // each copy as two of 8 bytes
                  int complete,             // groups that are waited for
                  int read,                 // groups that are read: more than `complete` is an error
                  bool barrier,             // between the wait and the reads: false is an error

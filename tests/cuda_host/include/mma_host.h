@@ -115,11 +115,20 @@ inline void copy_async_16(void* shared, const void* global, int source_bytes = 1
   cuda_host::copy_async(shared, global, 16, source_bytes, {file, line});
 }
 
+inline void copy_async_8(void* shared, const void* global, int source_bytes = 8, CUDA_HOST_CALLER) {
+  cuda_host::copy_async(shared, global, 8, source_bytes, {file, line});
+}
+
 inline void copy_async_commit() { cuda_host::copy_async_commit(); }
 
 template <int pending>
 void copy_async_wait(CUDA_HOST_CALLER) {
   cuda_host::copy_async_wait(pending, {file, line});
+}
+
+inline float exp2_approx(float x) {
+  const float y = exp2f(x);
+  return y < 0x1p-126f ? 0 : y;
 }
 
 }  // namespace fusetune::cuda
