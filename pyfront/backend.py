@@ -17,7 +17,7 @@ from fusetune import _native
 BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "lora": {"cpu": ("cpu", "triton"), "cuda": ("triton", "cuda")},
     "dora": {"cpu": ("cpu", "triton"), "cuda": ("triton",)},
-    "flash_attention": {"cpu": ("cpu", "triton"), "cuda": ("cuda", "triton")},
+    "flash_attention": {"cpu": ("cpu", "triton"), "cuda": ("triton", "cuda")},
     "adamw": {"cpu": ("cpu", "triton"), "cuda": ("cuda", "triton")},
     "quantize": {"cpu": ("cpu", "triton"), "cuda": ("triton", "cuda")},
 }
@@ -43,13 +43,8 @@ def why_not(backend: str, device_type: str) -> str | None:
     return None
 
 
-def choose(op: str, device: torch.device, refusals: tuple[tuple[str, str], ...] = ()) -> str:
+def choose(op: str, device: torch.device) -> str:
     """The backend that `op` takes for tensors on `device`.
-
-    Args:
-        op: a key of BACKENDS.
-        device: of the tensors.
-        refusals: backends that do not take the call, and why.
 
     Raises:
         NotImplementedError: no backend of the op works there; says why for each.
@@ -61,13 +56,12 @@ def choose(op: str, device: torch.device, refusals: tuple[tuple[str, str], ...] 
             options = ", ".join((*candidates, "reference"))
             raise ValueError(f"FUSETUNE_BACKEND: must be one of {options} for {op} on {device.type}, got {forced}")
         candidates = (forced,)
-    reasons = {backend: dict(refusals).get(backend) or why_not(backend, device.type) for backend in candidates}
-    for backend, reason in reasons.items():
-        if reason is None:
+    for backend in candidates:
+        if why_not(backend, device.type) is None:
             return backend
-    why = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
+    reasons = "; ".join(f"{backend}: {why_not(backend, device.type)}" for backend in candidates)
     raise NotImplementedError(
-        f"{op}: no backend works on {device.type} ({why or 'no kernel for it'}); FUSETUNE_BACKEND=reference does"
+        f"{op}: no backend works on {device.type} ({reasons or 'no kernel for it'}); FUSETUNE_BACKEND=reference does"
     )
 
 

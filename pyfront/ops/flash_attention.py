@@ -4,42 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fusetune import _native
 from fusetune._check import FLOATS, check, check_device, check_dtype, check_probability, check_shape
 from fusetune._register import register
 from fusetune.backend import choose
-from fusetune.ops._flash_attention_cuda import aligned, cuda_refuses
+from fusetune.ops import _flash_attention_backends as backends
+from fusetune.ops._flash_attention_backends import Arguments
 from fusetune.ops.philox import draw_seed, keep_mask, kept_scale
 
 MAX_HEAD_DIM = 256
 _OP = "flash_attention"
 
 Window = tuple[int | None, int | None]
-
-
-class Arguments(NamedTuple):
-    """What the backends get besides q, k and v: the arguments of `flash_attention` in the form of the contract."""
-
-    keep: Tensor | None  # [B, Sk] bool
-    mask: Tensor | None  # [B|1, H|1, Sq|1, Sk|1] bool
-    bias: Tensor | None  # the same, of any float dtype
-    relative: Tensor | None  # [H, 2N - 1] float32, contiguous
-    sinks: Tensor | None  # [H] float32, contiguous
-    q_starts: Tensor | None  # [members + 1] int32, contiguous
-    k_starts: Tensor | None
-    scale: float
-    softcap: float  # 0: none
-    left: int  # -1: unbounded
-    right: int
-    top_left: bool
-    dropout_p: float
-    seed: Tensor | None  # [1] int64
 
 
 @overload
@@ -144,8 +125,10 @@ def flash_attention(
     if choose(_OP, q.device) == "reference":
         seed = int(draw_seed(q.device)) if dropout_p else 0
         o, lse = _reference(q, k, v, arguments, seed)
+    elif not return_lse and backends.torch_is_faster(q, k, v, arguments, lambda *qkv: _attend(*qkv, arguments)[0]):
+        return backends.torch_attention(q, k, v, arguments)
     else:
-        o, lse = _FlashAttention.apply(q, k, v, *arguments)
+        o, lse = _attend(q, k, v, arguments)
     return (o, lse) if return_lse else o
 
 
@@ -401,6 +384,11 @@ def _prepared(a: Arguments) -> Arguments:
     )
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:
+    o, lse = _FlashAttention.apply(q, k, v, *a)
+    return o, lse
+
+
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
@@ -426,13 +414,6 @@ class _FlashAttention(torch.autograd.Function):
         return dq, dk, dv, None, None, dbias, drelative, dsinks, *[None] * 9
 
 
-def _backend(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> str:
-    backend = choose(_OP, q.device)
-    if backend == "cuda" and (reason := cuda_refuses(q, k, v, a)):
-        return choose(_OP, q.device, ((backend, reason),))
-    return backend
-
-
 def _rows(x: Tensor) -> Tensor:
     """x with neighbouring elements in its last dimension, as the kernels read it."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
@@ -447,19 +428,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tenso
     if a.q_starts is not None:  # for tokens outside of all members
         o.zero_()
         lse.fill_(-math.inf)
-    backend = _backend(q, k, v, a)
-    if backend == "triton":
-        from fusetune.kernels import flash_attention as triton_attention
-
-        triton_attention.forward(q, k, v, a, o, lse)
-    elif backend == "cuda":
-        q, k, v = aligned(q), aligned(k), aligned(v)
-        call = _call(q, k, v, a, o, lse)
-        with _native.current_stream(q.device) as stream:
-            _native.extension().cuda_flash_attention_forward(call, stream)
-    else:
-        call = _call(q, k, v, a, o, lse)
-        _native.extension().flash_attention_forward(call, _native.threads())
+    backends.forward(_backend(q, k, v, a), q, k, v, a, o, lse)
     return o, lse
 
 
@@ -473,72 +442,29 @@ def _backward(
         grad_lse = grad_lse.contiguous()
     if a.keep is not None:
         a = a._replace(keep=_rows(a.keep))
-    gradients = dq, dk, dv, dbias, drelative, dsinks = _gradients(q, k, v, a, needed)
+    dq, dk, dv, dbias, drelative, dsinks = gradients = _gradients(q, k, v, a, needed)
     for gradient in gradients if a.q_starts is not None else (dbias, drelative, dsinks):
         gradient.zero_()
-    backend = _backend(q, k, v, a)
-    if backend == "triton":
-        from fusetune.kernels import flash_attention as triton_attention
-
-        triton_attention.backward(grad_o, grad_lse, q, k, v, a, o, lse, *gradients)
-    else:
-        if backend == "cuda":
-            grad_o, q, k, v, o = (aligned(t) for t in (grad_o, q, k, v, o))
-        call = _call(q, k, v, a, o, lse)
-        call.grad_o, call.grad_o_stride, call.grad_lse = (
-            grad_o.data_ptr(),
-            grad_o.stride()[:3],
-            _native.address(grad_lse),
-        )
-        call.dq, call.dk, call.dv = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
-        call.dq_stride, call.dk_stride, call.dv_stride = dq.stride()[:3], dk.stride()[:3], dv.stride()[:3]
-        if needed[0]:
-            call.dbias, call.dbias_stride = dbias.data_ptr(), _broadcast_strides(dbias)
-        call.drelative, call.dsinks = (t.data_ptr() if t.numel() else 0 for t in (drelative, dsinks))
-        if backend == "cuda":
-            workspace = q.new_empty(*lse.shape, 2, dtype=torch.float32)
-            call.workspace = workspace.data_ptr()
-            with _native.current_stream(q.device) as stream:
-                _native.extension().cuda_flash_attention_backward(call, stream)
-        else:
-            _native.extension().flash_attention_backward(call, _native.threads())
+    backends.backward(_backend(q, k, v, a), grad_o, grad_lse, q, k, v, a, o, lse, gradients)
     if a.bias is not None and needed[0]:
         dbias = dbias.to(a.bias.dtype)
     return dq, dk, dv, dbias, drelative, dsinks
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, a: Arguments, o: Tensor, lse: Tensor) -> Any:
-    """The arguments of the native launchers. Every tensor is its caller's, who keeps it alive."""
-    call = _native.extension().FlashAttention()
-    call.q, call.k, call.v, call.o, call.lse = (t.data_ptr() for t in (q, k, v, o, lse))
-    call.q_stride, call.k_stride, call.v_stride, call.o_stride = (t.stride()[:3] for t in (q, k, v, o))
-    call.B, call.H, call.Sq, call.D = q.shape
-    _, call.Hkv, call.Sk, call.Dv = v.shape
-    call.dtype = _native.code(q.dtype)
-    call.scale, call.softcap, call.left, call.right, call.top_left = a[7:12]
-    if a.keep is not None:
-        call.keep, call.keep_row = a.keep.data_ptr(), a.keep.stride(0)
-    if a.mask is not None:
-        call.mask, call.mask_stride = a.mask.data_ptr(), _broadcast_strides(a.mask)
-    if a.bias is not None:
-        call.bias, call.bias_stride = a.bias.data_ptr(), _broadcast_strides(a.bias)
-        call.bias_dtype = _native.code(a.bias.dtype)
-    if a.relative is not None:
-        call.relative, call.N = a.relative.data_ptr(), (a.relative.shape[1] + 1) // 2
-    call.sinks = _native.address(a.sinks)
-    if a.q_starts is not None and a.k_starts is not None:
-        call.q_starts, call.k_starts = a.q_starts.data_ptr(), a.k_starts.data_ptr()
-        call.members = len(a.q_starts) - 1
-    call.dropout_p = a.dropout_p
-    if a.seed is not None:
-        if q.device.type == "cpu":
-            call.seed = int(a.seed)
-        call.seed_cell = a.seed.data_ptr()
-    return call
+def _backend(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> str:
+    """Which backend takes a call: on a GPU the one that a trial of each favours."""
 
+    def trial(backend: str) -> list[Tensor]:
+        seeded = a if not a.dropout_p else a._replace(seed=torch.zeros(1, dtype=torch.int64, device=q.device))
+        o, lse = _fake_forward(q, k, v, *seeded)
+        gradients = _gradients(q, k, v, seeded, [True] * 3)
+        for t in (o, lse, *gradients):
+            t.zero_()
+        backends.forward(backend, q, k, v, seeded, o, lse)
+        backends.backward(backend, o, None, q, k, v, seeded, o, lse, gradients)
+        return [o, *gradients]
 
-def _broadcast_strides(mask: Tensor) -> tuple[int, ...]:
-    return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+    return backends.choose_for(q, k, v, a, trial)
 
 
 def _gradients(q: Tensor, k: Tensor, v: Tensor, a: Arguments, needed: list[bool]) -> tuple[Tensor, ...]:
