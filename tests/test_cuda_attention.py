@@ -9,7 +9,6 @@ from cuda_host import harness
 from oracle import LAYOUTS
 
 from fusetune.ops import flash_attention, flash_attention_reference
-from fusetune.ops.flash_attention import Arguments
 from fusetune.ops.philox import draw_seed, keep_mask
 
 BF16, FP16 = torch.bfloat16, torch.float16

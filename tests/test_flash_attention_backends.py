@@ -56,7 +56,7 @@ def test_float32_is_tritons_alone(on_gpu):
 
 
 def test_what_disagrees_is_out(on_gpu):
-    with pytest.raises(RuntimeError, match="cuda differs from triton by 0.5 at 1"):  # fastest() passes over it
+    with pytest.raises(RuntimeError, match=r"cuda differs from triton by 0\.5 at 1"):  # fastest() passes over it
         choose_for(NOTHING, results={"cuda": torch.tensor([1.0, 1.5, 1.0])})
     with pytest.raises(RuntimeError, match="cuda differs from triton by nan"):
         choose_for(NOTHING, results={"cuda": torch.tensor([1.0, torch.nan, 1.0])})
