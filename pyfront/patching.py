@@ -278,7 +278,7 @@ def _plan_attention(model: nn.Module, names: Collection[str]) -> Iterator[_Step]
     groups: dict[int, list[nn.Module]] = {}
     for module in filter(_is_attention, model.modules()):
         # A wrapper such as BertAttention has the word in its name too; the innermost one computes.
-        if not any(inner is not module and _is_attention(inner) for inner in module.modules()):
+        if _attention_row(module).by_config and not any(map(_is_attention, list(module.modules())[1:])):
             groups.setdefault(id(roots.get(id(module))), []).append(module)
     for modules in groups.values():
         root = roots.get(id(modules[0]))
@@ -294,7 +294,7 @@ def _attention_row(module: nn.Module) -> Row:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return "Attention" in type(module).__name__ and _attention_row(module).by_config
+    return "Attention" in type(module).__name__
 
 
 def _why_not_attention(root: Any, modules: list[nn.Module], rows: list[Row]) -> str | None:
@@ -306,12 +306,12 @@ def _why_not_attention(root: Any, modules: list[nn.Module], rows: list[Row]) -> 
             return str(reason)
     from transformers import PreTrainedModel
 
-    from fusetune.nn.flash_attention import NAMES
+    from fusetune.nn.flash_attention import NAMES, why_not_general
 
     if UNLISTED in rows:
         for model in root.modules():
-            if isinstance(model, PreTrainedModel) and not (model._supports_sdpa and model._supports_attention_backend):
-                return f"{type(model).__name__} does not say that it supports other attention functions"
+            if isinstance(model, PreTrainedModel) and (reason := why_not_general(model)):
+                return reason
     config = root.config
     name = config._attn_implementation
     if name not in (None, *NAMES) and not name.startswith(("eager", "sdpa", "flash_attention", "flex_attention")):
@@ -356,7 +356,7 @@ class _ConfigSwitch:
 
 
 def _switch_attention(model: nn.Module, plan: list[_Step]) -> None:
-    roots: dict[int, Any] = {id(step.root): step.root for step in plan if step.op == "attention" and not step.reason}
+    roots: dict[int, Any] = {id(step.root): step.root for step in plan if step.root and not step.reason}
     if not roots:
         return
     from fusetune.nn.flash_attention import GENERAL, NAME, register

@@ -1,14 +1,15 @@
 """Flash attention behind transformers' attention interface, under the names `fusetune` and `fusetune_general`.
 
-A mask function runs once per forward, and `attention` reads what it returns in each layer:
+A mask function runs once per forward, and the attention function reads what it returns in each layer:
 
     None                 as for `sdpa`: every key is seen, or with a causal module those up to the query
     [B|1, H|1, Sq, Sk]   as for `sdpa`; [B, 1, 1, Sk] is a key padding mask, and floats are added to the logits
     [B, Sk]              causal with the last query at the last key, and only these keys
-    Pattern              causal masks, windows and packed sequences as the op takes them
+    Pattern              packed sequences, and windows that are not causal
 
-`fusetune` is for models whose code hands masks on as they are, which the tables vouch for. `fusetune_general`, for all
-others, makes the masks that `sdpa` gets.
+Besides None and [B, Sk] a layer's `sliding_window` holds, as for flash attention. `fusetune` is for models whose layers
+take these forms, which the tables vouch for. `fusetune_general`, for all others, makes the masks that `sdpa` gets. As
+there, a query that sees no key gives zeros; eager attention, which some models use unpatched, averages all values then.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     bidirectional_mask_function,
@@ -31,6 +32,8 @@ from transformers.masking_utils import (
 )
 
 from fusetune import ops
+from fusetune._check import FLOATS
+from fusetune.backend import choose
 from fusetune.ops.flash_attention import MAX_HEAD_DIM
 
 # transformers gives a meaning of its own to names with "flash", "sdpa", "flex_attention" or "/"
@@ -40,7 +43,7 @@ NAMES = (NAME, GENERAL)
 
 
 class Pattern(NamedTuple):
-    """Who sees whom, with the last query at the last key: of window, key_padding_mask and cu_seqlens of the op."""
+    """Who sees whom: window, key_padding_mask and cu_seqlens of the op."""
 
     left: int | None
     right: int | None
@@ -50,9 +53,10 @@ class Pattern(NamedTuple):
 
 def register() -> None:
     """Makes the names known to transformers. Nothing uses them before a model's config says so."""
-    for name, mask_function in ((NAME, attention_mask), (GENERAL, sdpa_mask)):
-        AttentionInterface.register(name, attention)
-        AttentionMaskInterface.register(name, mask_function)
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, attention_mask)
+    AttentionInterface.register(GENERAL, general_attention)
+    AttentionMaskInterface.register(GENERAL, sdpa_mask)
 
 
 def why_not(module: nn.Module) -> str | None:
@@ -68,22 +72,31 @@ def why_not(module: nn.Module) -> str | None:
 
 
 def why_not_unlisted(module: nn.Module) -> str | None:
-    """The same for a class that is not in the tables: its file may not do one thing for `sdpa` and another for us."""
+    """The same for a class that is in no table: its files may not do one thing for `sdpa` and another for us."""
     if reason := why_not(module):
         return reason
-    try:
-        source = _source(type(module).__module__)
-    except (OSError, TypeError):
-        return f"attention class {type(module).__name__} is not in the tables, and its source is not at hand"
-    # Apart from handing the name on, it may only ask for flash attention, which we are not.
-    if re.search(r"_attn_implementation\b(?! *[,\])])", source):
-        return f"the file of attention class {type(module).__name__} treats some attention implementations differently"
-    return None
+    return _why_not_files(type(module), nn.Module)
+
+
+def why_not_general(model: PreTrainedModel) -> str | None:
+    """Why a model with attention classes that are in no table must be left alone, or None."""
+    name = type(model).__name__
+    if not (model._supports_sdpa and model._supports_attention_backend):
+        return f"{name} is not in the tables, and does not say that it supports other attention functions"
+    return _why_not_files(type(model), PreTrainedModel)
 
 
 @functools.cache
-def _source(module: str) -> str:
-    return inspect.getsource(sys.modules[module])
+def _why_not_files(cls: type, end: type) -> str | None:
+    for base in cls.__mro__[: cls.__mro__.index(end)]:
+        try:
+            source = inspect.getsource(sys.modules[base.__module__])
+        except (KeyError, OSError, TypeError):
+            return f"{cls.__name__} is not in the tables, and its source is not at hand"
+        # It may hand the name on, and ask for flash attention, which we are not.
+        if "generation" not in base.__module__ and re.search(r"_attn_implementation\b *(?![ ,)\]])", source):
+            return f"{cls.__name__} is not in the tables, and its file has a use of its own for the implementation's name"
+    return None
 
 
 def attention(
@@ -98,6 +111,7 @@ def attention(
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function, with transformers' arguments.
@@ -109,39 +123,41 @@ def attention(
         attention_mask: one of the forms above.
         position_bias: added to the logits: [1|B, H, Sq, Sk], or what `fusetune.nn.t5` makes of it.
         softcap, s_aux: softcap and sinks of the op.
+        sliding_window: how many keys up to its own a query sees, where no other mask says it.
         kwargs: cu_seq_lens_q and cu_seq_lens_k tell packed sequences apart where there is no mask.
 
     Returns:
         [B, Sq, H, Dv] contiguous, and None for the weights.
 
     Raises:
-        NotImplementedError: attention weights asked for, or packed sequences beside a mask.
-        TypeError, ValueError, NotImplementedError: as `fusetune.ops.flash_attention`.
+        NotImplementedError: attention weights asked for, packed sequences beside a mask, or sinks where the op works not.
+        ValueError: as `fusetune.ops.flash_attention`.
     """
     if kwargs.get("output_attentions"):
         raise NotImplementedError(
             "attention: output_attentions must be False, got True; fusetune.unpatch the model and use eager attention"
         )
-    if kwargs.get("cache") is not None:  # of continuous batching, which that function updates
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, **kwargs
-        )
     (B, _, Sq, _), Sk = query.shape, key.shape[2]
-    options = _read_mask(attention_mask, B, Sk)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    options = _read_mask(attention_mask, bool(is_causal), sliding_window, query, key)
     starts = kwargs.get("cu_seq_lens_q")
-    if attention_mask is None:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        if causal and Sq > 1:
-            options = {"causal": True, "align": "bottom_right" if Sq == Sk else "top_left"}
-        if starts is not None and len(starts) > B + 1:
-            options = {"causal": causal, "cu_seqlens_q": starts, "cu_seqlens_k": kwargs.get("cu_seq_lens_k")}
-    elif starts is not None and len(starts) > B + 1 and "cu_seqlens_q" not in options and attention_mask.dim() == 2:
-        raise NotImplementedError(
-            f"attention: packed sequences must be in the mask, got {len(starts) - 1} of them in cu_seq_lens_q;"
-            " leave attention_mask out"
-        )
+    if starts is not None and len(starts) > B + 1 and not isinstance(attention_mask, Pattern):
+        if attention_mask is not None:
+            raise NotImplementedError(
+                f"attention: packed sequences must come without attention_mask, got {len(starts) - 1} in cu_seq_lens_q"
+            )
+        options |= {"cu_seqlens_q": starts, "cu_seqlens_k": kwargs.get("cu_seq_lens_k")}
     if position_bias is not None and not getattr(module, "position_bias_is_zero", False):
         options |= _read_bias(position_bias, Sk)
+    if kwargs.get("cache") is not None or not _takes(query, key, value):
+        if s_aux is not None:
+            raise NotImplementedError(f"attention: s_aux must be None for {query.dtype} on {query.device.type}")
+        mask, bias = _to_sdpa(options, attention_mask, Sq, Sk)
+        o, _ = sdpa_attention_forward(
+            module, query, key, value, mask, dropout, scaling, is_causal, bias, softcap=softcap, **kwargs
+        )
+        return o, None
     # Members of a pack may lie in several rows of the batch, which the op takes one behind the other.
     rows = "cu_seqlens_q" in options and B > 1
     if rows:
@@ -152,18 +168,80 @@ def attention(
     return (o.unflatten(1, (B, Sq)).squeeze(0) if rows else o).contiguous(), None
 
 
-def _read_mask(mask: Tensor | Pattern | None, B: int, Sk: int) -> dict[str, Any]:
+def _takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the op has a kernel for them; `patch` looks, but a model may be moved or cast later."""
+    dtypes = {query.dtype, key.dtype, value.dtype}
+    if not dtypes.issubset(FLOATS) or (len(dtypes) > 1 and not torch.is_autocast_enabled(query.device.type)):
+        return False
+    if max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM or query.shape[0] != key.shape[0]:
+        return False
+    try:
+        choose("flash_attention", query.device)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _to_sdpa(
+    options: dict[str, Any], mask: Tensor | Pattern | None, Sq: int, Sk: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The mask and the position bias of our forms in those of `sdpa`."""
+    bias, relative = options.get("bias"), options.get("relative_bias")
+    device = next((t.device for t in (*options.values(), mask) if isinstance(t, Tensor)), None)
+    distance = torch.arange(Sk, device=device) - torch.arange(Sk - Sq, Sk, device=device)[:, None]
+    if relative is not None:
+        bias = relative[None, :, distance + Sk - 1]
+    if not isinstance(mask, Pattern) and not options.keys() & {"window", "cu_seqlens_q"}:
+        if mask is None or mask.dim() != 2:
+            return mask, bias
+    left, right = options.get("window", (None, None))
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    if left is not None:
+        seen = seen & (distance >= -left)
+    if options.get("causal") or right is not None:
+        seen = seen & (distance <= (right or 0))
+    keys, starts = options.get("key_padding_mask"), options.get("cu_seqlens_q")
+    seen = seen[None, None] if keys is None else seen & keys[:, None, None, :]
+    if starts is not None:
+        member = torch.bucketize(torch.arange(int(starts[-1]), device=device), starts, right=True).view(-1, 1, Sk)
+        seen = seen & (member[..., None] == member[..., None, :])
+    return seen, bias
+
+
+def general_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`attention` with the masks of `sdpa`: of any shape that broadcasts, and with the windows in them alone."""
+    if attention_mask is not None:
+        attention_mask = attention_mask[(None,) * (4 - attention_mask.dim())]
+    return attention(module, query, key, value, attention_mask, **kwargs)
+
+
+def _read_mask(
+    mask: Tensor | Pattern | None, is_causal: bool, sliding_window: int | None, query: Tensor, key: Tensor
+) -> dict[str, Any]:
     """The arguments of the op that say the same."""
-    if mask is None:
-        return {}
+    (B, _, Sq, _), Sk = query.shape, key.shape[2]
     if isinstance(mask, Pattern):
         options: dict[str, Any] = {"window": (mask.left, mask.right), "key_padding_mask": mask.keys}
         return options if mask.starts is None else {**options, "cu_seqlens_q": mask.starts}
-    if mask.dim() == 2:
-        return {"causal": True, "key_padding_mask": mask}
-    if mask.dtype == torch.bool and mask.shape == (B, 1, 1, Sk):
-        return {"key_padding_mask": mask[:, 0, 0]}
-    return {"mask": mask}
+    if mask is not None and mask.dim() != 2:
+        plain = mask.dtype == torch.bool and mask.shape == (B, 1, 1, Sk)
+        return {"key_padding_mask": mask[:, 0, 0]} if plain else {"mask": mask}
+    causal = {"causal": True, "key_padding_mask": mask}
+    if (mask is not None or is_causal) and sliding_window is not None and sliding_window < Sk:
+        return {**causal, "window": (sliding_window - 1, None)}
+    if mask is not None:
+        return causal
+    if is_causal and Sq > 1:
+        return {"causal": True, "align": "bottom_right" if Sq == Sk else "top_left"}
+    return {}
 
 
 def _read_bias(bias: Tensor, Sk: int) -> dict[str, Any]:
@@ -203,25 +281,26 @@ def attention_mask(
     # Caches of fixed size give offsets as tensors, and have room for keys behind the last query.
     aligned = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
     keys = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    if keys is not None and aligned:
+    if keys is not None:
         keys = keys[:, kv_offset : kv_offset + kv_length]
         # Reading it would break the graph under compilation and synchronise on a GPU.
         if keys.device.type == "cpu" and not torch.compiler.is_compiling() and keys.all():
             keys = None
     is_window = local_size is not None and getattr(config, "sliding_window", None) == local_size
     is_window = is_window and getattr(config, "attention_chunk_size", None) != local_size
-    if aligned and allow_is_bidirectional_skip:
-        if mask_function is bidirectional_mask_function or (is_window and kv_length <= local_size):
+    is_local = local_size is not None and kv_offset + kv_length > local_size
+    if allow_is_bidirectional_skip:
+        if mask_function is bidirectional_mask_function or (local_size is not None and not is_local):
             return None if keys is None else keys[:, None, None, :]
-        if is_window:
+        if is_window and aligned:
             return Pattern(local_size, local_size, keys)
-    if aligned and allow_is_causal_skip:
-        if mask_function is causal_mask_function or (local_size is not None and kv_length <= local_size):
-            if keys is None and q_length not in (1, kv_length):
-                return Pattern(None, 0)
-            return keys
-        if is_window:
-            return Pattern(local_size - 1, 0, keys)
+    # `generate` makes masks for caches of fixed size beforehand, and passes them here as attention_mask: what is
+    # returned now must lead to itself.
+    known = mask_function is causal_mask_function or is_window or (local_size is not None and not is_local)
+    if aligned and allow_is_causal_skip and known and (keys is None or kv_offset == 0):
+        if keys is None and q_length not in (1, kv_length):
+            return torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device", "cpu"))
+        return keys
     packed = None if torch.compiler.is_compiling() else _packed_sequences(mask_function)
     if packed is not None and q_length == kv_length and attention_mask is None:
         return Pattern(packed[1], 0, starts=packed[0])
