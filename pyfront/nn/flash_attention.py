@@ -5,11 +5,11 @@ A mask function runs once per forward, and the attention function reads what it 
     None                 as for `sdpa`: every key is seen, or with a causal module those up to the query
     [B|1, H|1, Sq, Sk]   as for `sdpa`; [B, 1, 1, Sk] is a key padding mask, and floats are added to the logits
     [B, Sk]              causal with the last query at the last key, and only these keys
-    Pattern              packed sequences, and windows that are not causal
+    Pattern              windows and packed sequences, with the last query at the last key
 
-Besides None and [B, Sk] a layer's `sliding_window` holds, as for flash attention. `fusetune` is for models whose layers
-take these forms, which the tables vouch for. `fusetune_general`, for all others, makes the masks that `sdpa` gets. As
-there, a query that sees no key gives zeros; eager attention, which some models use unpatched, averages all values then.
+`fusetune` is for models whose code hands masks on as they are, which the tables vouch for. `fusetune_general`, for all
+others, makes the masks that `sdpa` gets. As there, a query that sees no key gives zeros; eager attention, which some
+models use unpatched, averages all values then.
 """
 
 from __future__ import annotations
@@ -50,13 +50,18 @@ class Pattern(NamedTuple):
     keys: Tensor | None = None  # [B, Sk] bool
     starts: Tensor | None = None  # [members + 1] int32, in the rows of the batch one behind the other
 
+    # `generate` makes masks for caches of fixed size beforehand, and asks this of them.
+    ndim = 4
+
+    def contiguous(self) -> Pattern:
+        return self
+
 
 def register() -> None:
     """Makes the names known to transformers. Nothing uses them before a model's config says so."""
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, attention_mask)
-    AttentionInterface.register(GENERAL, general_attention)
-    AttentionMaskInterface.register(GENERAL, sdpa_mask)
+    for name, mask_function in ((NAME, attention_mask), (GENERAL, sdpa_mask)):
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, mask_function)
 
 
 def why_not(module: nn.Module) -> str | None:
@@ -111,7 +116,6 @@ def attention(
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function, with transformers' arguments.
@@ -123,7 +127,6 @@ def attention(
         attention_mask: one of the forms above.
         position_bias: added to the logits: [1|B, H, Sq, Sk], or what `fusetune.nn.t5` makes of it.
         softcap, s_aux: softcap and sinks of the op.
-        sliding_window: how many keys up to its own a query sees, where no other mask says it.
         kwargs: cu_seq_lens_q and cu_seq_lens_k tell packed sequences apart where there is no mask.
 
     Returns:
@@ -140,7 +143,7 @@ def attention(
     (B, _, Sq, _), Sk = query.shape, key.shape[2]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    options = _read_mask(attention_mask, bool(is_causal), sliding_window, query, key)
+    options = _read_mask(attention_mask, bool(is_causal), query, key)
     starts = kwargs.get("cu_seq_lens_q")
     if starts is not None and len(starts) > B + 1 and not isinstance(attention_mask, Pattern):
         if attention_mask is not None:
@@ -191,15 +194,14 @@ def _to_sdpa(
     distance = torch.arange(Sk, device=device) - torch.arange(Sk - Sq, Sk, device=device)[:, None]
     if relative is not None:
         bias = relative[None, :, distance + Sk - 1]
-    if not isinstance(mask, Pattern) and not options.keys() & {"window", "cu_seqlens_q"}:
-        if mask is None or mask.dim() != 2:
-            return mask, bias
-    left, right = options.get("window", (None, None))
+    if "cu_seqlens_q" not in options and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)):
+        return mask, bias
+    left, right = options.get("window", (None, 0 if options.get("causal") else None))
     seen = torch.ones_like(distance, dtype=torch.bool)
     if left is not None:
         seen = seen & (distance >= -left)
-    if options.get("causal") or right is not None:
-        seen = seen & (distance <= (right or 0))
+    if right is not None:
+        seen = seen & (distance <= right)
     keys, starts = options.get("key_padding_mask"), options.get("cu_seqlens_q")
     seen = seen[None, None] if keys is None else seen & keys[:, None, None, :]
     if starts is not None:
@@ -208,40 +210,19 @@ def _to_sdpa(
     return seen, bias
 
 
-def general_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """`attention` with the masks of `sdpa`: of any shape that broadcasts, and with the windows in them alone."""
-    if attention_mask is not None:
-        attention_mask = attention_mask[(None,) * (4 - attention_mask.dim())]
-    return attention(module, query, key, value, attention_mask, **kwargs)
-
-
-def _read_mask(
-    mask: Tensor | Pattern | None, is_causal: bool, sliding_window: int | None, query: Tensor, key: Tensor
-) -> dict[str, Any]:
+def _read_mask(mask: Tensor | Pattern | None, is_causal: bool, query: Tensor, key: Tensor) -> dict[str, Any]:
     """The arguments of the op that say the same."""
     (B, _, Sq, _), Sk = query.shape, key.shape[2]
+    if mask is None:
+        if is_causal and Sq > 1:
+            return {"causal": True, "align": "bottom_right" if Sq == Sk else "top_left"}
+        return {}
     if isinstance(mask, Pattern):
         options: dict[str, Any] = {"window": (mask.left, mask.right), "key_padding_mask": mask.keys}
         return options if mask.starts is None else {**options, "cu_seqlens_q": mask.starts}
-    if mask is not None and mask.dim() != 2:
-        plain = mask.dtype == torch.bool and mask.shape == (B, 1, 1, Sk)
-        return {"key_padding_mask": mask[:, 0, 0]} if plain else {"mask": mask}
-    causal = {"causal": True, "key_padding_mask": mask}
-    if (mask is not None or is_causal) and sliding_window is not None and sliding_window < Sk:
-        return {**causal, "window": (sliding_window - 1, None)}
-    if mask is not None:
-        return causal
-    if is_causal and Sq > 1:
-        return {"causal": True, "align": "bottom_right" if Sq == Sk else "top_left"}
-    return {}
+    if mask.dtype == torch.bool and mask.shape == (B, 1, 1, Sk):
+        return {"key_padding_mask": mask[:, 0, 0]}
+    return {"causal": True, "key_padding_mask": mask} if mask.dim() == 2 else {"mask": mask}
 
 
 def _read_bias(bias: Tensor, Sk: int) -> dict[str, Any]:
@@ -259,7 +240,7 @@ def attention_mask(
     q_offset: Any = 0,
     kv_offset: Any = 0,
     mask_function: Any = causal_mask_function,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | Pattern | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
@@ -270,7 +251,7 @@ def attention_mask(
 
     Args:
         q_offset, kv_offset: positions of the first query and the first key, ints or one-element tensors.
-        attention_mask: [B, >= Sk], True where a key is a token.
+        attention_mask: [B, >= Sk], True where a key is a token; or a Pattern that was made beforehand.
         local_size: of a window, or of chunks.
         allow_is_causal_skip, allow_is_bidirectional_skip: whether the caller takes a causal, a bidirectional mask in
             another form than [B, 1, Sq, Sk]. They are False too where a mask function has been combined with others.
@@ -278,6 +259,8 @@ def attention_mask(
     Returns:
         One of the forms above.
     """
+    if isinstance(attention_mask, Pattern):
+        return attention_mask
     # Caches of fixed size give offsets as tensors, and have room for keys behind the last query.
     aligned = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
     keys = prepare_padding_mask(attention_mask, kv_length, kv_offset)
@@ -288,19 +271,18 @@ def attention_mask(
             keys = None
     is_window = local_size is not None and getattr(config, "sliding_window", None) == local_size
     is_window = is_window and getattr(config, "attention_chunk_size", None) != local_size
-    is_local = local_size is not None and kv_offset + kv_length > local_size
+    reaches_all = local_size is not None and kv_offset + kv_length <= local_size
     if allow_is_bidirectional_skip:
-        if mask_function is bidirectional_mask_function or (local_size is not None and not is_local):
+        if mask_function is bidirectional_mask_function or reaches_all:
             return None if keys is None else keys[:, None, None, :]
         if is_window and aligned:
             return Pattern(local_size, local_size, keys)
-    # `generate` makes masks for caches of fixed size beforehand, and passes them here as attention_mask: what is
-    # returned now must lead to itself.
-    known = mask_function is causal_mask_function or is_window or (local_size is not None and not is_local)
-    if aligned and allow_is_causal_skip and known and (keys is None or kv_offset == 0):
-        if keys is None and q_length not in (1, kv_length):
-            return torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device", "cpu"))
-        return keys
+    if allow_is_causal_skip and aligned:
+        if mask_function is causal_mask_function or reaches_all:
+            square = keys is None and q_length in (1, kv_length)
+            return keys if square or (keys is not None and kv_offset == 0) else Pattern(None, 0, keys)
+        if is_window:
+            return Pattern(local_size - 1, 0, keys)
     packed = None if torch.compiler.is_compiling() else _packed_sequences(mask_function)
     if packed is not None and q_length == kv_length and attention_mask is None:
         return Pattern(packed[1], 0, starts=packed[0])
