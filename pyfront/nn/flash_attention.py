@@ -100,7 +100,9 @@ def _why_not_files(cls: type, end: type) -> str | None:
             return f"{cls.__name__} is not in the tables, and its source is not at hand"
         # It may hand the name on, and ask for flash attention, which we are not.
         if "generation" not in base.__module__ and re.search(r"_attn_implementation\b *(?![ ,)\]])", source):
-            return f"{cls.__name__} is not in the tables, and its file has a use of its own for the implementation's name"
+            return (
+                f"{cls.__name__} is not in the tables, and its file has a use of its own for the implementation's name"
+            )
     return None
 
 
