@@ -344,7 +344,7 @@ def test_classes_that_the_tables_do_not_know() -> None:
     assert (
         first.reason
         == second.reason
-        == "Attention is not in the tables, and its file has a use of its own for the implementation's name"
+        == "Attention is not in the tables, and its file does more with the implementation's name"
     )
     assert model.config._attn_implementation == "sdpa"
 

@@ -10,13 +10,13 @@ import torch
 from stock import assert_close, assert_follows, assert_same
 from torch import Tensor, nn
 
-from fusetune.nn import multihead_attention
+from fusetune.nn import flash_attention_torch
 from fusetune.patching import patch, patched, unpatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 B, L, S, E, H = 2, 5, 7, 16, 4
-OURS = "fusetune.nn.multihead_attention.MultiheadAttention"
+OURS = "fusetune.nn.flash_attention_torch.MultiheadAttention"
 
 
 def gradients(module: nn.Module, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -45,31 +45,32 @@ def padding_mask(kind: str | None) -> Tensor | None:
 @pytest.mark.parametrize("padding", [None, "bool", "-inf", "float"])
 @pytest.mark.parametrize("mask", [None, "bool", "float", "bool 3-D", "float 3-D"])
 @pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 12, "vdim": 10}, {"bias": False}], ids=["equal", "kdim", "no-bias"])
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
-def test_masks(batch_first: bool, mask: str | None, padding: str | None) -> None:
+def test_masks(sizes: dict[str, Any], batch_first: bool, mask: str | None, padding: str | None) -> None:
     torch.manual_seed(0)
     masks = {"attn_mask": attention_mask(mask), "key_padding_mask": padding_mask(padding)}
-    for sizes in ({}, {"kdim": 12, "vdim": 10}, {"bias": False}):
-        module = nn.MultiheadAttention(E, H, batch_first=batch_first, **sizes)
-        query = nn.Parameter(torch.randn(B, L, E))
-        key, value = torch.randn(B, S, module.kdim), torch.randn(B, S, module.vdim)
-        module.register_parameter("x", query)  # so that its gradient is among those compared
+    module = nn.MultiheadAttention(E, H, batch_first=batch_first, **sizes)
+    names = [*module.state_dict()]
+    query = nn.Parameter(torch.randn(B, L, E))
+    key, value = torch.randn(B, S, module.kdim), torch.randn(B, S, module.vdim)
 
-        def result() -> tuple[Tensor, dict[str, Tensor]]:
-            inputs = [x if batch_first else x.transpose(0, 1) for x in (query, key, value)]
-            o, weights = module(*inputs, **masks, need_weights=False)
-            assert weights is None
-            return gradients(module, o)
+    def result() -> tuple[Tensor, dict[str, Tensor]]:
+        query.grad = None
+        inputs = [x if batch_first else x.transpose(0, 1) for x in (query, key, value)]
+        o, weights = module(*inputs, **masks, need_weights=False)
+        assert weights is None
+        output, of_parameters = gradients(module, o)
+        return output, {**of_parameters, "query": query.grad}
 
-        stock = result()
-        names = [*module.state_dict()]
-        (entry,) = patch(module, strict=True).replaced
-        assert (entry.module, entry.replaced_by) == ("torch.MultiheadAttention", OURS)
-        assert [*module.state_dict()] == names
-        assert_follows(result(), stock)
-        unpatch(module)
-        assert type(module) is nn.MultiheadAttention
-        assert_same(result(), stock)
+    stock = result()
+    (entry,) = patch(module, strict=True).replaced
+    assert (entry.module, entry.replaced_by) == ("torch.MultiheadAttention", OURS)
+    assert [*module.state_dict()] == names
+    assert_follows(result(), stock)
+    unpatch(module)
+    assert type(module) is nn.MultiheadAttention
+    assert_same(result(), stock)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -93,7 +94,7 @@ def test_weights_come_from_stock(monkeypatch: pytest.MonkeyPatch) -> None:
     for options in ({}, {"average_attn_weights": False}):
         stock = module(x, x, x, **options)
         with patched(module), monkeypatch.context() as context:
-            context.setattr(multihead_attention.ops, "flash_attention", None)
+            context.setattr(flash_attention_torch.ops, "flash_attention", None)
             ours = module(x, x, x, **options)
         assert torch.equal(ours[0], stock[0])
         assert torch.equal(ours[1], stock[1])

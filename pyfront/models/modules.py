@@ -3,7 +3,7 @@
 TABLE = {
     "torch.nn.modules.activation.MultiheadAttention": (
         "attention",
-        "fusetune.nn.multihead_attention.MultiheadAttention",
-        "fusetune.nn.multihead_attention.why_not",
+        "fusetune.nn.flash_attention_torch.MultiheadAttention",
+        "fusetune.nn.flash_attention_torch.why_not",
     ),
 }

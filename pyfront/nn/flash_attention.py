@@ -100,9 +100,7 @@ def _why_not_files(cls: type, end: type) -> str | None:
             return f"{cls.__name__} is not in the tables, and its source is not at hand"
         # It may hand the name on, and ask for flash attention, which we are not.
         if "generation" not in base.__module__ and re.search(r"_attn_implementation\b *(?![ ,)\]])", source):
-            return (
-                f"{cls.__name__} is not in the tables, and its file has a use of its own for the implementation's name"
-            )
+            return f"{cls.__name__} is not in the tables, and its file does more with the implementation's name"
     return None
 
 
@@ -127,7 +125,7 @@ def attention(
         query: [B, H, Sq, D].
         key, value: [B, Hkv, Sk, D], [B, Hkv, Sk, Dv].
         attention_mask: one of the forms above.
-        position_bias: added to the logits: [1|B, H, Sq, Sk], or what `fusetune.nn.t5` makes of it.
+        position_bias: added to the logits: [1|B, H, Sq, Sk], or what `fusetune.nn.flash_attention_t5` makes of it.
         softcap, s_aux: softcap and sinks of the op.
         kwargs: cu_seq_lens_q and cu_seq_lens_k tell packed sequences apart where there is no mask.
 
@@ -135,7 +133,7 @@ def attention(
         [B, Sq, H, Dv] contiguous, and None for the weights.
 
     Raises:
-        NotImplementedError: attention weights asked for, packed sequences beside a mask, or sinks where the op works not.
+        NotImplementedError: attention weights asked for, packed sequences beside a mask, or sinks without a kernel.
         ValueError: as `fusetune.ops.flash_attention`.
     """
     if kwargs.get("output_attentions"):
