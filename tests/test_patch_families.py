@@ -286,8 +286,11 @@ def test_classes_in_no_table_that_are_left_alone() -> None:
     }
 
 
+DECODED = "GPT2 Gemma2 GptOss Mistral Qwen3 T5 MT5 UMT5 Bart Whisper"
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("name", "GPT2 Gemma2 GptOss Mistral Qwen3 T5 MT5 UMT5 Bart Whisper".split())
+@pytest.mark.parametrize("name", DECODED.split())
 def test_greedy_decoding(name: str, cache: str) -> None:
     """Beyond the window, and with keys of a static cache behind the last query."""
     encoder_decoder = name in ("T5", "MT5", "UMT5", "Bart", "Whisper")
