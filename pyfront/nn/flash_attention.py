@@ -51,7 +51,9 @@ class Pattern(NamedTuple):
     starts: Tensor | None = None  # [members + 1] int32, in the rows of the batch one behind the other
 
     # `generate` makes masks for caches of fixed size beforehand, and asks this of them.
-    ndim = 4
+    @property
+    def ndim(self) -> int:
+        return 4
 
     def contiguous(self) -> Pattern:
         return self
@@ -91,17 +93,21 @@ def why_not_general(model: PreTrainedModel) -> str | None:
     return _why_not_files(type(model), PreTrainedModel)
 
 
-@functools.cache
 def _why_not_files(cls: type, end: type) -> str | None:
     for base in cls.__mro__[: cls.__mro__.index(end)]:
         try:
-            source = inspect.getsource(sys.modules[base.__module__])
+            source = _source(base.__module__)
         except (KeyError, OSError, TypeError):
             return f"{cls.__name__} is not in the tables, and its source is not at hand"
         # It may hand the name on, and ask for flash attention, which we are not.
         if "generation" not in base.__module__ and re.search(r"_attn_implementation\b *(?![ ,)\]])", source):
             return f"{cls.__name__} is not in the tables, and its file does more with the implementation's name"
     return None
+
+
+@functools.cache
+def _source(module: str) -> str:
+    return inspect.getsource(sys.modules[module])
 
 
 def attention(
@@ -269,20 +275,21 @@ def attention_mask(
         # Reading it would break the graph under compilation and synchronise on a GPU.
         if keys.device.type == "cpu" and not torch.compiler.is_compiling() and keys.all():
             keys = None
-    is_window = local_size is not None and getattr(config, "sliding_window", None) == local_size
-    is_window = is_window and getattr(config, "attention_chunk_size", None) != local_size
+    sliding = getattr(config, "sliding_window", None)
+    chunked = getattr(config, "attention_chunk_size", None)
+    window = local_size if sliding == local_size != chunked else None
     reaches_all = local_size is not None and kv_offset + kv_length <= local_size
     if allow_is_bidirectional_skip:
         if mask_function is bidirectional_mask_function or reaches_all:
             return None if keys is None else keys[:, None, None, :]
-        if is_window and aligned:
-            return Pattern(local_size, local_size, keys)
+        if window is not None and aligned:
+            return Pattern(window, window, keys)
     if allow_is_causal_skip and aligned:
         if mask_function is causal_mask_function or reaches_all:
             square = keys is None and q_length in (1, kv_length)
             return keys if square or (keys is not None and kv_offset == 0) else Pattern(None, 0, keys)
-        if is_window:
-            return Pattern(local_size - 1, 0, keys)
+        if window is not None:
+            return Pattern(window - 1, 0, keys)
     packed = None if torch.compiler.is_compiling() else _packed_sequences(mask_function)
     if packed is not None and q_length == kv_length and attention_mask is None:
         return Pattern(packed[1], 0, starts=packed[0])

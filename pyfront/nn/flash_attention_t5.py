@@ -21,7 +21,7 @@ from fusetune.ops.flash_attention import t5_relative_bias
 class _RelativeBias:
     def compute_bias(
         self: Any, query_length: int, key_length: int, device: Any = None, past_seen_tokens: Any = 0
-    ) -> Tensor:
+    ) -> Any:
         # T5's own is as small for one query, and serves where there are keys behind the last query.
         aligned = not isinstance(past_seen_tokens, Tensor) and past_seen_tokens + query_length == key_length
         if self.config._attn_implementation not in NAMES or query_length == 1 or not aligned:

@@ -56,14 +56,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         elif not self.batch_first:
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         q, k, v = (x.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
-        o = ops.flash_attention(
-            q,
-            k,
-            v,
-            dropout_p=self.dropout if self.training else 0.0,
-            **_read_masks(key_padding_mask, None if is_causal else attn_mask, self.num_heads),
-            **({"causal": True, "align": "top_left"} if is_causal else {}),
-        )
+        options = _read_masks(key_padding_mask, None if is_causal else attn_mask, self.num_heads)
+        if is_causal:
+            options |= {"causal": True, "align": "top_left"}
+        o = ops.flash_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, **options)
         o = o.transpose(1, 2).flatten(2)  # [B, L, E]
         if query.dim() == 2:
             o = o[0]
