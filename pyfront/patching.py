@@ -7,8 +7,8 @@ There are three kinds of replacement (fusetune.models):
 
 *   A class: the `__class__` of an instance becomes a subclass of its class. Parameters, their names and hooks stay.
 *   Layers that share their input: the block around them gets two hooks, between which they are computed as one.
-*   Attention: the model gets copies of its configs, which name our attention function. Other models may share the
-    configs themselves, and must not change.
+*   Attention of transformers: the model gets copies of its configs, which name our attention function. Other models may
+    share the configs themselves, and must not change.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from fusetune.backend import choose
-from fusetune.models import ROWS, SHARED_INPUT, Row
+from fusetune.models import ROWS, SHARED_INPUT, UNLISTED, Row
 
 OPS = {"attention": "flash_attention", "lora": "lora"}  # an op's name for patch(): its name in backend.py
 
@@ -104,7 +104,7 @@ def patch(
         first = "; ".join(f"{e.count} {e.module} because {e.reason}" for e in report.left_alone[:3])
         raise ValueError(f"patch: all modules must be replaceable with strict=True, got left alone: {first}")
     for step in plan:
-        if step.row is not None and step.op != "attention":
+        if step.row is not None and not step.row.replaced_by.startswith("fusetune.ops."):
             stock = _stock_class(step.module)
             step.module.__class__ = stock if step.reason else pkgutil.resolve_name(step.row.replaced_by)
             _set_compute(step.module, "match" if step.reason else compute)
@@ -207,9 +207,9 @@ def _path(cls: type) -> str:
 
 
 def _stock_class(module: nn.Module) -> type:
-    """The class that the module has unpatched. A replacement is a direct subclass of what it replaces."""
+    """The class that the module has unpatched. The last base of a replacement is what it replaces."""
     cls = type(module)
-    return cls.__bases__[0] if _path(cls) in _REPLACEMENTS else cls
+    return cls.__bases__[-1] if _path(cls) in _REPLACEMENTS else cls
 
 
 def _name(module: nn.Module) -> str:
@@ -234,7 +234,7 @@ def _plan_classes(model: nn.Module, names: Collection[str]) -> Iterator[_Step]:
         adapters = (BaseTunerLayer,)
     for module in model.modules():
         row = ROWS.get(_path(_stock_class(module)))
-        if row is not None and row.op in names and row.op != "attention":
+        if row is not None and row.op in names and not row.by_config:
             backend, reason = _choose(row.op, module)
             reason = pkgutil.resolve_name(row.why_not)(module) or reason
             if "forward" in vars(module):
@@ -278,35 +278,43 @@ def _plan_attention(model: nn.Module, names: Collection[str]) -> Iterator[_Step]
     groups: dict[int, list[nn.Module]] = {}
     for module in filter(_is_attention, model.modules()):
         # A wrapper such as BertAttention has the word in its name too; the innermost one computes.
-        if not any(inner is not module and _is_attention(inner) for inner in module.modules()):
+        if _attention_row(module).by_config and not any(map(_is_attention, list(module.modules())[1:])):
             groups.setdefault(id(roots.get(id(module))), []).append(module)
     for modules in groups.values():
         root = roots.get(id(modules[0]))
-        rows = [ROWS.get(_path(type(module))) for module in modules]
+        rows = [_attention_row(module) for module in modules]
         backends, reasons = zip(*(_choose("attention", module) for module in modules), strict=True)
         reason = _why_not_attention(root, modules, rows) or next(filter(None, reasons), None)
         for module, row, backend in zip(modules, rows, backends, strict=True):
             yield _Step(module, "attention", row, backend, reason, root)
 
 
+def _attention_row(module: nn.Module) -> Row:
+    return ROWS.get(_path(_stock_class(module)), UNLISTED)
+
+
 def _is_attention(module: nn.Module) -> bool:
     return "Attention" in type(module).__name__
 
 
-def _why_not_attention(root: nn.Module | None, modules: list[nn.Module], rows: list[Row | None]) -> str | None:
+def _why_not_attention(root: Any, modules: list[nn.Module], rows: list[Row]) -> str | None:
     """Why the attention of a transformers model must be left alone: all of it is switched, or none."""
-    for module, row in zip(modules, rows, strict=True):
-        if row is None:
-            return f"attention class {type(module).__name__} is not in the tables"
-        if reason := pkgutil.resolve_name(row.why_not)(module):
-            return str(reason)
     if root is None:
         return "it is not inside of a transformers model, whose config names the attention function"
-    from fusetune.nn.flash_attention import NAME
+    for module, row in zip(modules, rows, strict=True):
+        if reason := pkgutil.resolve_name(row.why_not)(module):
+            return str(reason)
+    from transformers import PreTrainedModel
 
-    config: Any = root.config
+    from fusetune.nn.flash_attention import NAMES, why_not_general
+
+    if UNLISTED in rows:
+        for model in root.modules():
+            if isinstance(model, PreTrainedModel) and (reason := why_not_general(model)):
+                return reason
+    config = root.config
     name = config._attn_implementation
-    if name not in (None, NAME) and not name.startswith(("eager", "sdpa", "flash_attention", "flex_attention")):
+    if name not in (None, *NAMES) and not name.startswith(("eager", "sdpa", "flash_attention", "flex_attention")):
         return f"its model was given the attention implementation {name!r}"
     if config.output_attentions:
         return "the config of its model asks for output_attentions"
@@ -332,13 +340,13 @@ class _ConfigSwitch:
 
     def carry_over(self) -> None:
         """Sets on the originals what was set on the copies, other than our attention."""
-        from fusetune.nn.flash_attention import NAME
+        from fusetune.nn.flash_attention import NAMES
 
         ours = {id(config) for config in self.copies}
         for original, now, before in zip(self.originals, self.copies, self.before, strict=True):
             for key in vars(now).keys() | vars(before).keys():
                 value = vars(now).get(key)
-                if id(value) in ours or (key == "_attn_implementation_internal" and value == NAME):
+                if id(value) in ours or (key == "_attn_implementation_internal" and value in NAMES):
                     continue
                 if key not in vars(now):
                     vars(original).pop(key, None)
@@ -348,10 +356,10 @@ class _ConfigSwitch:
 
 
 def _switch_attention(model: nn.Module, plan: list[_Step]) -> None:
-    roots: dict[int, Any] = {id(step.root): step.root for step in plan if step.op == "attention" and not step.reason}
+    roots: dict[int, Any] = {id(step.root): step.root for step in plan if step.root and not step.reason}
     if not roots:
         return
-    from fusetune.nn.flash_attention import NAME, register
+    from fusetune.nn.flash_attention import GENERAL, NAME, register
 
     register()
     fresh = []
@@ -365,10 +373,11 @@ def _switch_attention(model: nn.Module, plan: list[_Step]) -> None:
     # Also in wrappers around the model, such as PeftModel, but not in models that are left alone.
     alone = {id(m) for step in plan if step.root and id(step.root) not in roots for m in step.root.modules()}
     _replace_configs([m for m in model.modules() if id(m) not in alone], switch.originals, switch.copies, switch)
+    general = {id(step.root) for step in plan if step.row is UNLISTED}
     for root in roots.values():
         for config in vars(root)[_SWITCH].copies:
             # not by set_attn_implementation, which refuses models whose source it cannot read, as in a notebook
-            config._attn_implementation = NAME
+            config._attn_implementation = GENERAL if id(root) in general else NAME
 
 
 def _restore_configs(modules: list[nn.Module]) -> None:

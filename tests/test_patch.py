@@ -54,24 +54,26 @@ def test_report() -> None:
     ]
 
 
+BLOOM = "attention class BloomAttention does not call transformers' attention interface"
+
+
 def test_report_of_what_is_left_alone() -> None:
     model = make_lora(
-        transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20)),
-        target_modules=["c_attn", "wte"],
-        fan_in_fan_out=True,
+        transformers.BloomForCausalLM(transformers.BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=20)),
+        target_modules=["query_key_value", "word_embeddings"],
     )
-    model.base_model.model.score = make_lora(nn.Sequential(nn.Conv1d(2, 2, 1)), target_modules=["0"])
+    model.base_model.model.extra = make_lora(nn.Sequential(nn.Conv1d(2, 2, 1)), target_modules=["0"])
     report = patch(model)
     assert [(e.module, e.op, e.replaced_by) for e in report.replaced] == [
         ("peft.Embedding", "lora", "fusetune.nn.lora.LoraEmbedding"),
         ("peft.Linear", "lora", "fusetune.nn.lora.LoraLinear"),
     ]
     assert {(e.module, e.op, e.reason) for e in report.left_alone} == {
-        ("transformers.GPT2Attention", "attention", "attention class GPT2Attention is not in the tables"),
+        ("transformers.BloomAttention", "attention", BLOOM),
         ("peft.Conv1d", "lora", "its class is not in the tables"),
     }
-    assert "left alone because attention class GPT2Attention is not in the tables" in str(report)
-    assert model.config._attn_implementation == "sdpa"
+    assert f"left alone because {BLOOM}" in str(report)
+    assert model.config._attn_implementation == "eager"
 
 
 def test_report_without_anything_to_replace() -> None:
@@ -265,12 +267,15 @@ def test_models_that_share_a_config() -> None:
     assert second.config is config
 
     class Attention(transformers.models.llama.modeling_llama.LlamaAttention):
-        pass
+        def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+            return hidden_states, None
 
     second.model.layers[0].self_attn = Attention(config, 0)
     report = patch(both)
     assert [e.count for e in report.replaced] == [2]
-    assert {e.reason for e in report.left_alone} == {"attention class Attention is not in the tables"}
+    assert {e.reason for e in report.left_alone} == {
+        "attention class Attention does not call transformers' attention interface"
+    }
     assert first.config is not config
     assert all(held is config for _, held in classes_and_configs(second) if held is not None)
 
@@ -336,7 +341,11 @@ def test_classes_that_the_tables_do_not_know() -> None:
     model = make_bert()
     model.bert.encoder.layer[1].attention.self = Attention(model.config)
     (first, second) = patch(model).left_alone
-    assert first.reason == second.reason == "attention class Attention is not in the tables"
+    assert (
+        first.reason
+        == second.reason
+        == "Attention is not in the tables, and its file does more with the implementation's name"
+    )
     assert model.config._attn_implementation == "sdpa"
 
     model = make_bert()

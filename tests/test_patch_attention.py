@@ -24,9 +24,17 @@ from stock import (
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    sdpa_mask,
+    sliding_window_bidirectional_mask_function,
+    sliding_window_causal_mask_function,
+)
 
-from fusetune.nn.flash_attention import attention, attention_mask
+from fusetune.nn.flash_attention import Pattern, attention, attention_mask
+from fusetune.ops import flash_attention_reference
 from fusetune.patching import patch, patched, unpatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,27 +86,6 @@ def test_families_of_bert_as_encoder_and_decoder(name: str) -> None:
     report = patch(decoder, strict=True)
     assert {e.module for e in report.replaced} == {f"transformers.{name}{c}Attention" for c in ("Self", "Cross")}
     assert_follows(run(decoder, batch), stock)
-
-
-DECODERS = ["Gemma", "Granite", "Mistral", "Olmo2", "Phi3", "Qwen2", "Qwen3", "SmolLM3"]
-
-
-@pytest.mark.parametrize(
-    ("name", "window"),
-    [*((name, None) for name in DECODERS), *((name, 4) for name in ("Mistral", "Phi3", "Qwen2", "Qwen3", "SmolLM3"))],
-)
-@pytest.mark.parametrize("padding", ["none", "right", "left"])
-def test_families_of_llama(name: str, window: int | None, padding: str) -> None:
-    options = {"num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-    if window:
-        options |= {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 1}
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**SIZES, **options))
-    stock = run(model, llama_batch(padding))
-    assert [e.module for e in patch(model, strict=True).replaced] == [f"transformers.{name}Attention"]
-    assert_follows(run(model, llama_batch(padding)), stock)
-    unpatch(model)
-    assert_same(run(model, llama_batch(padding)), stock)
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
@@ -185,9 +172,9 @@ def test_mask_and_attention_follow_sdpa() -> None:
                     mask = attention_mask(
                         **arguments, allow_is_causal_skip=skip and causal, allow_is_bidirectional_skip=skip
                     )
-                    forms.add(mask if mask is None else "keys" if mask.shape[1:] == (1, 1, Sk) else mask.dim())
+                    forms.add(_form(mask, Sk))
                     if not skip:
-                        assert mask is not None
+                        assert isinstance(mask, Tensor)
                         assert mask.shape == full.shape
                     layer.is_causal = causal
                     q, k, v = torch.randn(B, H, Sq, D), torch.randn(B, H, Sk, D), torch.randn(B, H, Sk, D)
@@ -195,54 +182,109 @@ def test_mask_and_attention_follow_sdpa() -> None:
                     actual, _ = attention(layer, q, k, v, mask)
                     assert actual.is_contiguous()
                     assert_close(actual, expected)
-    assert forms == {None, 2, 4, "keys"}
+    assert forms == {None, 2, 4, "keys", Pattern}
 
 
-def test_masks_of_other_kinds_take_the_general_path() -> None:
+def _form(mask: Tensor | Pattern | None, Sk: int) -> Any:
+    if not isinstance(mask, Tensor):
+        return mask if mask is None else Pattern
+    return "keys" if mask.shape[1:] == (1, 1, Sk) else mask.dim()
+
+
+def test_windows_and_chunks_follow_sdpa() -> None:
+    """At each offset of queries and keys, with a cache that has dropped keys among them."""
     torch.manual_seed(0)
-    sizes = {**SIZES, "num_key_value_heads": 2, "sliding_window": 4, "pad_token_id": 0}
-    model = transformers.MistralForCausalLM(transformers.MistralConfig(**sizes))
-    llama = make_llama()
-    patch(llama)  # registers the functions
-    for padding in ("none", "left"):
-        stock = run(model, llama_batch(padding))
-        model.set_attn_implementation("fusetune")
-        assert_follows(run(model, llama_batch(padding)), stock)
-        model.set_attn_implementation("sdpa")
-    # a user's own masks, boolean and additive
+    layer = nn.Module()
+    padding = torch.ones(2, 12, dtype=torch.bool)
+    padding[0, :3] = False
+    window = transformers.MistralConfig(sliding_window=4)
+    chunks = transformers.Llama4TextConfig(attention_chunk_size=4)
+    seen = set()
+    for Sq, Sk, offset in ((9, 9, 0), (4, 4, 0), (1, 9, 0), (1, 4, 5), (4, 9, 0), (3, 6, 6), (4, 9, torch.tensor(0))):
+        q_offset = offset + (Sk - Sq)
+        for keys, left in ((None, [0, 0]), (padding, [3, 0])):
+            for function, config, causal in (
+                (sliding_window_causal_mask_function(4), window, True),
+                (sliding_window_bidirectional_mask_function(4), window, False),
+                (chunked_causal_mask_function(4, torch.tensor(left)), chunks, True),
+            ):
+                arguments: dict[str, Any] = {"batch_size": 2, "q_length": Sq, "kv_length": Sk, "q_offset": q_offset}
+                arguments |= {"kv_offset": int(offset), "mask_function": function, "attention_mask": keys}
+                options = {"allow_is_causal_skip": causal, "allow_is_bidirectional_skip": not causal}
+                mask = attention_mask(**arguments, **options, local_size=4, config=config)
+                full = sdpa_mask(**arguments, allow_is_causal_skip=False)
+                seen.add(_form(mask, Sk))
+                layer.is_causal = causal
+                q, k, v = torch.randn(2, 2, Sq, 8), torch.randn(2, 2, Sk, 8), torch.randn(2, 2, Sk, 8)
+                assert_close(attention(layer, q, k, v, mask)[0], sdpa_attention_forward(layer, q, k, v, full)[0])
+                q, k, v = q.double(), k.double(), v.double()  # by way of sdpa
+                assert_close(attention(layer, q, k, v, mask)[0], sdpa_attention_forward(layer, q, k, v, full)[0])
+    assert seen >= {Pattern, 4}
+
+
+def test_masks_of_a_user() -> None:
+    """Boolean and additive, [1|B, 1, Sq, Sk]."""
+    model = make_llama()
     blocks = torch.tensor([0] * 6 + [1] * 5)
     boolean = (blocks[:, None] == blocks)[None, None].expand(3, 1, 11, 11)
     additive = torch.zeros(3, 1, 11, 11).masked_fill(~boolean, -1e4)
-    unpatch(llama)
-    for mask in (boolean, additive):
+    for mask in (boolean, additive, additive[:1]):
         batch = {**llama_batch(), "attention_mask": mask}
-        llama.zero_grad()
-        stock_logits = llama(**batch).logits
-        with patched(llama):
-            assert_close(llama(**batch).logits, stock_logits)
+        stock = _gradients(model, batch)
+        with patched(model, strict=True):
+            assert_follows(_gradients(model, batch), stock)
+
+
+def _gradients(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    out = model(**batch)
+    out.loss.backward()
+    return out.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def test_attention_never_ignores_an_argument() -> None:
+    torch.manual_seed(0)
     layer = nn.Module()
     layer.is_causal = True
     q, k, v = (torch.randn(1, 2, 6, 8) for _ in range(3))
-    for name, value in (("softcap", 5.0), ("s_aux", torch.zeros(2)), ("output_attentions", True)):
-        with pytest.raises(NotImplementedError, match=rf"^attention: {name} must be"):
-            attention(layer, q, k, v, None, **{name: value})
-    with pytest.raises(
-        NotImplementedError, match="sliding_window must be in the mask or at least the number of keys, got 5"
-    ):
-        attention(layer, q, k, v, None, sliding_window=5)
-    assert_close(attention(layer, q, k, v, None, sliding_window=6)[0], attention(layer, q, k, v, None)[0])
-    with pytest.raises(
-        NotImplementedError, match="packed sequences must be in the mask, got 2 of them in cu_seq_lens_q"
-    ):
-        attention(layer, q, k, v, None, cu_seq_lens_q=torch.tensor([0, 2, 6]))
-    bias = torch.randn(1, 2, 6, 6)
+    with pytest.raises(NotImplementedError, match=r"^attention: output_attentions must be False"):
+        attention(layer, q, k, v, None, output_attentions=True)
+    sinks, bias = torch.randn(2), torch.randn(1, 2, 6, 6)
     keys = torch.ones(1, 6, dtype=torch.bool)
-    expected = sdpa_attention_forward(layer, q, k, v, None, position_bias=bias)[0]
-    assert_close(attention(layer, q, k, v, None, position_bias=bias)[0], expected)
-    assert_close(attention(layer, q, k, v, keys, position_bias=bias)[0], expected)
+    keys[0, 2] = False
+
+    def expected(**options: Any) -> Tensor:
+        return flash_attention_reference(q, k, v, **options).transpose(1, 2)
+
+    for mask, told in ((None, {}), (keys, {"key_padding_mask": keys}), (Pattern(2, 0), {"window": (2, 0)})):
+        told |= {"causal": True}
+        assert_close(attention(layer, q, k, v, mask, softcap=2.0)[0], expected(**told, softcap=2.0))
+        assert_close(attention(layer, q, k, v, mask, s_aux=sinks)[0], expected(**told, sinks=sinks))
+        assert_close(attention(layer, q, k, v, mask, position_bias=bias)[0], expected(**told, bias=bias))
+    with pytest.raises(NotImplementedError, match=r"^attention: s_aux must be None for torch.float64 on cpu$"):
+        attention(layer, q.double(), k.double(), v.double(), None, s_aux=sinks)
+    starts = torch.tensor([0, 2, 6], dtype=torch.int32)
+    packed = expected(causal=True, cu_seqlens_q=starts)
+    assert_close(attention(layer, q, k, v, None, cu_seq_lens_q=starts, cu_seq_lens_k=starts)[0], packed)
+    with pytest.raises(NotImplementedError, match="packed sequences must come without attention_mask, got 2 in cu_seq"):
+        attention(layer, q, k, v, keys, cu_seq_lens_q=starts)
+
+
+def test_packed_sequences_of_several_rows() -> None:
+    """Also in dtypes without a kernel, where they become a mask."""
+    layer = nn.Module()
+    q, k, v = (torch.randn(2, 2, 6, 8) for _ in range(3))
+    starts = torch.tensor([0, 2, 6, 9, 12], dtype=torch.int32)
+    for left in (None, 1):
+        expected = [
+            flash_attention_reference(x[0], x[1], x[2], window=(left, 0)).transpose(1, 2)
+            for row, (a, b) in ((0, (0, 2)), (0, (2, 6)), (1, (0, 3)), (1, (3, 6)))
+            for x in [[t[row : row + 1, :, a:b] for t in (q, k, v)]]
+        ]
+        rows = torch.cat([torch.cat(expected[:2], 1), torch.cat(expected[2:], 1)])
+        mask = Pattern(left, 0, starts=starts)
+        assert_close(attention(layer, q, k, v, mask)[0], rows)
+        assert_close(attention(layer, q.double(), k.double(), v.double(), mask)[0], rows.double())
 
 
 def test_attention_without_a_mask_and_with_a_scale_follows_sdpa() -> None:
@@ -262,7 +304,7 @@ def test_attention_of_dtypes_and_shapes_without_a_kernel_is_sdpa() -> None:
     keys = torch.ones(2, 5, dtype=torch.bool)
     keys[0, :2] = False
     full = sdpa_mask(2, 5, 5, attention_mask=keys)
-    for D, Dv, dtype in ((8, 8, torch.float64), (320, 320, torch.float32), (8, 6, torch.float32)):
+    for D, Dv, dtype in ((8, 8, torch.float64), (320, 320, torch.float32), (8, 264, torch.float32)):
         q, k, v = (torch.randn(2, 2, 5, d, dtype=dtype) for d in (D, D, Dv))
         assert torch.equal(attention(layer, q, k, v, keys)[0], sdpa_attention_forward(layer, q, k, v, full)[0])
 

@@ -1,6 +1,6 @@
-"""BERT and the models that share its attention."""
+"""BERT and encoders like it."""
 
-_ATTENTION = ("attention", "fusetune.ops.flash_attention", "fusetune.nn.flash_attention.why_not")
+_ATTENTION = ("attention", "fusetune.ops.flash_attention", "fusetune.nn.flash_attention.why_not", True)
 
 TABLE = {
     "transformers.models.bert.modeling_bert.BertSelfAttention": _ATTENTION,
@@ -11,6 +11,8 @@ TABLE = {
     "transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaCrossAttention": _ATTENTION,
     "transformers.models.electra.modeling_electra.ElectraSelfAttention": _ATTENTION,
     "transformers.models.electra.modeling_electra.ElectraCrossAttention": _ATTENTION,
+    "transformers.models.albert.modeling_albert.AlbertAttention": _ATTENTION,
+    "transformers.models.distilbert.modeling_distilbert.DistilBertSelfAttention": _ATTENTION,
 }
 
 _QKV = ("query", "key", "value")

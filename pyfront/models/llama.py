@@ -1,6 +1,6 @@
-"""Llama and the decoders whose attention is Llama's, with norms, biases or windows of their own."""
+"""Llama and the decoders whose attention is Llama's, with norms, biases, windows, caps or sinks of their own."""
 
-_ATTENTION = ("attention", "fusetune.ops.flash_attention", "fusetune.nn.flash_attention.why_not")
+_ATTENTION = ("attention", "fusetune.ops.flash_attention", "fusetune.nn.flash_attention.why_not", True)
 
 TABLE = {
     "transformers.models.llama.modeling_llama.LlamaAttention": _ATTENTION,
@@ -12,6 +12,16 @@ TABLE = {
     "transformers.models.qwen2.modeling_qwen2.Qwen2Attention": _ATTENTION,
     "transformers.models.qwen3.modeling_qwen3.Qwen3Attention": _ATTENTION,
     "transformers.models.smollm3.modeling_smollm3.SmolLM3Attention": _ATTENTION,
+    "transformers.models.cohere.modeling_cohere.CohereAttention": _ATTENTION,
+    "transformers.models.cohere2.modeling_cohere2.Cohere2Attention": _ATTENTION,
+    "transformers.models.gemma2.modeling_gemma2.Gemma2Attention": _ATTENTION,
+    "transformers.models.gemma3.modeling_gemma3.Gemma3Attention": _ATTENTION,
+    "transformers.models.gpt_oss.modeling_gpt_oss.GptOssAttention": _ATTENTION,
+    "transformers.models.mixtral.modeling_mixtral.MixtralAttention": _ATTENTION,
+    "transformers.models.phi.modeling_phi.PhiAttention": _ATTENTION,
+    "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeAttention": _ATTENTION,
+    "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeAttention": _ATTENTION,
+    "transformers.models.stablelm.modeling_stablelm.StableLmAttention": _ATTENTION,
 }
 
 _QKV = ("q_proj", "k_proj", "v_proj")
