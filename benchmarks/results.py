@@ -29,6 +29,7 @@ BASELINES = {
     "adamw": ("fused", "torch.optim.AdamW(fused=True)"),
     "dequantize": ("bitsandbytes", "bitsandbytes"),
 }
+PEERS = ("flash_attention", "efficient_attention", "cudnn_attention", "math", "flex", "flash_attn")
 
 Row = dict[str, Any]
 
@@ -173,6 +174,18 @@ def beside(row: Row) -> list[str]:
         said.append(f"{row['dora_over_lora']:.2f}× the time of LoRA")
     if "gflops" in row:
         said.append(f"{row['gflops']:,} GFLOP/s")
+    if "share" in row:
+        said.append(f"{row['share']:.0%} of a product's rate, stock {row['stock_share']:.0%}")
+    if "forward_ms" in row:
+        said.append(f"forward {milliseconds(row['forward_ms'])}, stock {milliseconds(row['stock_forward_ms'])}")
+    if "dropout_cost" in row:
+        said.append(f"{row['dropout_cost']:+.0%} over no dropout")
+    if "over_real_tokens" in row:
+        said.append(f"{row['over_real_tokens']:.2f}× the real tokens' share of unpadded time")
+    if "saved_mb" in row:
+        said.append(f"{row['saved_mb']:.3g} MB saved for backward, stock {row['stock_saved_mb']:.3g}")
+    peers = [name for name in PEERS if f"speedup_over_{name}" in row]
+    said += [f"{row[f'speedup_over_{name}']:.2f}× {name.replace('_', ' ')}" for name in peers]
     if "gbs" in row:
         said.append(f"{row['gbs']} GB/s")
     if "speedup_over_default" in row:
@@ -199,12 +212,39 @@ def documents() -> dict[Path, str]:
     return found
 
 
+def draw() -> None:
+    """results/<device>-attention.png of each machine: attention's share of the product rate by length of sequence."""
+    import matplotlib.pyplot as plt
+
+    for file in (HERE / "results").glob("*.json"):
+        results = json.loads(file.read_text())
+        rows = [row for row in results["benchmarks"] if row.get("sweep")]
+        if not rows:
+            continue
+        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+        for mask, style in (("full", "-"), ("causal", "--")):
+            for D in sorted({int(row["shape"].split("D=")[1]) for row in rows}):
+                line = [row for row in rows if row["mask"] == mask and row["shape"].endswith(f"D={D}")]
+                lengths = [int(re.search(r" S=(\d+)", row["shape"])[1]) for row in line]  # type: ignore[index]
+                for name, key, marker in (("fusetune", "share", "o"), ("torch", "stock_share", "x")):
+                    label = f"{name}, {mask}, D={D}"
+                    axes.plot(lengths, [100 * row[key] for row in line], style, marker=marker, label=label)
+        axes.set(xscale="log", xlabel="length of a sequence", ylabel="% of the product rate", ylim=(0, 100))
+        axes.set_xticks(lengths, map(str, lengths))
+        axes.minorticks_off()
+        axes.set_title(f"Attention, forward and backward, bfloat16\n{results['machine_info']['device']}", fontsize=9)
+        axes.legend(fontsize=8)
+        figure.savefig(file.with_name(f"{file.stem}-attention.png"), dpi=110)
+        plt.close(figure)
+
+
 def main(command: str) -> int:
     if command == "path":
         print(path(device_name()))
     elif command == "write":
         for file, text in documents().items():
             file.write_text(text)
+        draw()
     elif command == "check":
         stale = [file.name for file, text in documents().items() if not file.exists() or file.read_text() != text]
         if stale:

@@ -57,6 +57,11 @@ def fastest(op: str, case: Sequence[object], device: torch.device, ways: dict[st
     return known[key]
 
 
+def measured(device: torch.device) -> dict[str, str]:
+    """What is known of a GPU: {"op, case": way}."""
+    return dict(sorted(_known(_machine(device)).items()))
+
+
 def _may_measure(device: torch.device) -> bool:
     with torch.cuda.device(device):
         return not (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())

@@ -1,4 +1,7 @@
-"""`fusetune info`: versions, the machine, and which backend each op takes here, or why it has none."""
+"""`fusetune info`: versions, the machine, and which backend each op takes here, or why it has none.
+
+`--ops` says of each op why it takes that one, and what was measured on this GPU.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,7 @@ def report() -> dict[str, Any]:
         "openmp": [],
         "gpu": {"devices": [], "why_not": None},
         "backends": {},
+        "measured": {},
         "gemm_dtype": {},
         "problems": problems,
     }
@@ -68,6 +72,10 @@ def report() -> dict[str, Any]:
         )
     result["gpu"] = _gpu()
     result["backends"] = _backends(problems)
+    if result["gpu"]["devices"]:
+        from fusetune import _tune
+
+        result["measured"] = _tune.measured(torch.device("cuda", torch.cuda.current_device()))
     return result
 
 
@@ -147,8 +155,36 @@ def _backends(problems: list[str]) -> dict[str, dict[str, Any]]:
                     problems.append(str(error))
             except ValueError as error:  # FUSETUNE_BACKEND
                 problems.append(str(error))
-            result[op][device] = {"takes": taken, "why_not": {name: why for name, why in reasons.items() if why}}
+            why_not = {name: why for name, why in reasons.items() if why}
+            result[op][device] = {"takes": taken, "why": _why(op, device, taken, reasons), "why_not": why_not}
     return result
+
+
+def _why(op: str, device: str, taken: str | None, reasons: dict[str, str | None]) -> str:
+    """Why an op takes its backend."""
+    if taken is None:
+        return "none of its backends works here"
+    if os.environ.get("FUSETUNE_BACKEND"):
+        return "FUSETUNE_BACKEND forces it"
+    working = [name for name, reason in reasons.items() if reason is None]
+    if op == "flash_attention" and device == "cuda":
+        return "for each kind of call the fastest of its kernels and torch's attention, measured at the first such call"
+    if op == "flash_attention":
+        return "its kernels are faster than torch's attention, or as fast, in all cells of benchmarks/results"
+    return "the only one that works here" if len(working) == 1 else f"the first of {', '.join(working)}"
+
+
+def _ops_text(info: dict[str, Any]) -> str:
+    """What `--ops` prints."""
+    rows = [("op", "on", "takes", "because")]
+    for op, devices in info["backends"].items():
+        rows += [(op, device, choice["takes"] or "none", choice["why"]) for device, choice in devices.items()]
+        for device, choice in devices.items():
+            rows += [("", device, f"not {name}", why) for name, why in choice["why_not"].items()]
+    lines = _columns(rows)
+    if info["measured"]:
+        lines += ["", *_columns([("measured on this GPU", "fastest"), *info["measured"].items()])]
+    return "\n".join([*lines, *(f"problem: {problem}" for problem in info["problems"])])
 
 
 def _text(info: dict[str, Any]) -> str:
@@ -194,7 +230,8 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fusetune info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--ops", action="store_true", help="print of each op which backend it takes, and why")
     arguments = parser.parse_args(argv)
     info = report()
-    print(json.dumps(info, indent=2) if arguments.json else _text(info))
+    print(json.dumps(info, indent=2) if arguments.json else _ops_text(info) if arguments.ops else _text(info))
     return 0

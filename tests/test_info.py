@@ -162,3 +162,21 @@ def test_unknown_argument(capsys):
         info.main(["--yaml"])
     assert exit.value.code == 2
     assert "--yaml" in capsys.readouterr().err
+
+
+def test_ops_says_why(capsys):
+    assert info.main(["--ops"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    attention = next(line for line in lines if line.startswith("flash_attention"))
+    assert attention.split()[:3] == ["flash_attention", "cpu", "cpu"]
+    assert len(attention.split()) > 6
+    for op in backend.BACKENDS:
+        assert any(line.startswith(f"{op} ") for line in lines)
+
+
+def test_ops_says_what_was_measured(monkeypatch):
+    report = info.report()
+    report["measured"] = {"flash_attention, torch.bfloat16, 64": "cuda"}
+    assert "flash_attention, torch.bfloat16, 64  cuda" in info._ops_text(report)
+    monkeypatch.setenv("FUSETUNE_BACKEND", "cpu")
+    assert "FUSETUNE_BACKEND forces it" in info._ops_text(info.report())
