@@ -223,12 +223,12 @@ def keys_of(first, b, shift, Sk, call, QUERIES: tl.constexpr, KEYS: tl.constexpr
     """
     start = 0
     full = 0
-    full_end = Sk
+    full_end = Sk if call.mask is None else 0
     end = Sk
     if call.keep is not None:
         start, end, contiguous = kept_range(b, Sk, call)
         full = start
-        full_end = tl.where(contiguous, end, 0)
+        full_end = tl.where(contiguous, tl.minimum(full_end, end), 0)
     if call.right is not None:
         end = tl.minimum(end, first + QUERIES + shift + call.right)
         full_end = tl.minimum(full_end, first + 1 + shift + call.right)
@@ -243,7 +243,7 @@ def keys_of(first, b, shift, Sk, call, QUERIES: tl.constexpr, KEYS: tl.constexpr
 def queries_of(j0, kept, shift, Sq, Sk, call, QUERIES: tl.constexpr, KEYS: tl.constexpr):
     """As `keys_of`, queries that see keys of the block at j0; full_end may be Sq too."""
     start = 0
-    full = tl.where(j0 + KEYS <= Sk, 0, Sq)
+    full = tl.where(j0 + KEYS <= Sk, 0, Sq) if call.mask is None else Sq
     full_end = Sq
     end = Sq
     if call.keep is not None:
