@@ -8,8 +8,8 @@ Forward is one kernel over blocks of queries. Backward is deterministic and with
     drelative   a program owns the tiles along one diagonal, whose ds it adds up before the sum along their diagonals
     dsinks      from lse and delta alone
 
-Blocks that causal, window or padding hide are skipped, and masks are evaluated only in blocks that they cut, or in all
-with a dense mask or scattered padding. Packed sequences have cdiv(tokens, BLOCK) + members tiles a head, the most that
+Blocks that causal, window or padding hide are skipped, and the mask is evaluated only in blocks that causal or window
+cut, or in all with padding or a mask. Packed sequences have cdiv(tokens, BLOCK) + members tiles a head, the most that
 they can need: a tile finds its member on the device, and leaves where there is none.
 
 Floor: flops over the tensor cores' rate in 16-bit types; float32 runs on the FMA units, because TF32 would lose 13 of
@@ -144,7 +144,7 @@ def exponential(s, call):
 
 
 @triton.jit
-def load_rows_lse(lse, delta, i, inside, call):
+def load_statistics(lse, delta, i, inside, call):
     """lse in the units of `logits`, infinite for queries that see nothing so that their p is 0; and delta."""
     rows = tl.load(lse + i, inside, other=float("-inf")) * unit(call)
     return tl.where(rows == float("-inf"), float("inf"), rows), tl.load(delta + i, inside, other=0.0)
@@ -193,17 +193,15 @@ def head_of(base, stride, b, h, starts, first):
 
 @triton.jit
 def kept_range(b, Sk, call):
-    """The first key that is kept, the one after the last, and whether all between them are."""
+    """The first key that is kept, and the one after the last."""
     first = Sk
     end = 0
-    count = 0
     for j0 in range(0, Sk, KEPT_CHUNK):
         j = j0 + tl.arange(0, KEPT_CHUNK)
         kept = kept_keys(j, b, Sk, call, True)
         first = tl.minimum(first, tl.min(tl.where(kept, j, Sk)))
         end = tl.maximum(end, tl.max(tl.where(kept, j + 1, 0)))
-        count += tl.sum(kept.to(tl.int32))
-    return first, end, count == end - first
+    return first, end
 
 
 @triton.jit
@@ -219,16 +217,14 @@ def kept_keys(j, b, Sk, call, MASKED: tl.constexpr):
 def keys_of(first, b, shift, Sk, call, QUERIES: tl.constexpr, KEYS: tl.constexpr):
     """(start, full, full_end, end) of a block of queries: some see keys start .. end, all see full .. full_end.
 
-    All but end are multiples of KEYS. Masked blocks are those of start .. end - (full_end - full) with `around`.
+    All but end are multiples of KEYS. Without a left edge full is 0.
     """
     start = 0
     full = 0
-    full_end = Sk if call.mask is None else 0
+    full_end = Sk if call.mask is None and call.keep is None else 0
     end = Sk
     if call.keep is not None:
-        start, end, contiguous = kept_range(b, Sk, call)
-        full = start
-        full_end = tl.where(contiguous, tl.minimum(full_end, end), 0)
+        start, end = kept_range(b, Sk, call)
     if call.right is not None:
         end = tl.minimum(end, first + QUERIES + shift + call.right)
         full_end = tl.minimum(full_end, first + 1 + shift + call.right)
@@ -241,13 +237,12 @@ def keys_of(first, b, shift, Sk, call, QUERIES: tl.constexpr, KEYS: tl.constexpr
 
 @triton.jit
 def queries_of(j0, kept, shift, Sq, Sk, call, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """As `keys_of`, queries that see keys of the block at j0; full_end may be Sq too."""
+    """As `keys_of`, queries that see keys of the block at j0. Without a left edge full_end is Sq."""
     start = 0
-    full = tl.where(j0 + KEYS <= Sk, 0, Sq) if call.mask is None else Sq
+    full = tl.where(j0 + KEYS <= Sk, 0, Sq) if call.mask is None and call.keep is None else Sq
     full_end = Sq
     end = Sq
     if call.keep is not None:
-        full = tl.where(tl.min(kept.to(tl.int32)) == 0, Sq, full)
         end = tl.where(tl.max(kept.to(tl.int32)) == 0, 0, Sq)
     if call.right is not None:
         start = tl.maximum(j0 - shift - call.right, 0) // QUERIES * QUERIES
@@ -257,12 +252,6 @@ def queries_of(j0, kept, shift, Sq, Sk, call, QUERIES: tl.constexpr, KEYS: tl.co
         full_end = tl.minimum(end, j0 + 1 + call.left - shift) // QUERIES * QUERIES
     full = tl.minimum(tl.cdiv(full, QUERIES) * QUERIES, Sq)
     return start, full, tl.maximum(full_end, full), end
-
-
-@triton.jit
-def around(x, full, full_end):
-    """The masked block number x - start, given that full .. full_end is left out."""
-    return tl.where(x < full, x, x + full_end - full)
 
 
 @triton.jit
@@ -314,16 +303,19 @@ def logits(products, kept, i, j, b, h, shift, Sq, call):
 
 @triton.jit
 def tile_backward(
-    products, dp, lse, delta, i, j0, kept, b, h, shift, Sq, call, seed,
+    q_tile, k_tile, do, v_tile, lse, delta, i, j0, kept, b, h, shift, Sq, call, seed,
     MASKED: tl.constexpr, KEYS: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """(P . Z without its scale, ds, dt) of a tile.
 
     Args:
-        products, dp: q k^T and do v^T.
-        lse, delta: as load_rows_lse has them.
-        AXIS: 0 where rows of the tile are queries, 1 where they are keys.
+        lse, delta: as load_statistics has them.
+        AXIS: of the tile along which the queries lie.
     """
+    if AXIS == 0:
+        products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+    else:
+        products = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
     row = tl.expand_dims(i, 1 - AXIS)
     col = tl.expand_dims(j0 + tl.arange(0, KEYS), AXIS)
     kept = tl.expand_dims(kept, AXIS)
@@ -331,6 +323,11 @@ def tile_backward(
     p = exponential(s - tl.expand_dims(lse, 1 - AXIS), call)
     if MASKED:
         p = tl.where(seen(kept, row, col, b, h, shift, Sq, call), p, 0.0)
+    # Not before p, which would take the registers of two tiles.
+    if AXIS == 0:
+        dp = tl.dot(do, tl.trans(v_tile), input_precision="ieee")
+    else:
+        dp = tl.dot(v_tile, tl.trans(do), input_precision="ieee")
     pz = p
     if seed is not None:
         undropped = keep_mask(seed, i, (b * call.H + h).to(tl.int32), j0, call.threshold, KEYS)
@@ -356,9 +353,8 @@ def forward_kernel(
     b, h, first = block_of(program, call.H, call.Sq, call.q_starts, call.members, QUERIES)
     q0, Sq = run_of(b, call.q_starts, call.Sq)
     k0, Sk = run_of(b, call.k_starts, call.Sk)
-    if call.q_starts is not None:
-        if (first < 0) | (first >= Sq):
-            return
+    if call.q_starts is not None and ((first < 0) | (first >= Sq)):
+        return
     shift = call.bottom_right * (Sk - Sq)
     i = first + tl.arange(0, QUERIES)
     q_tile = load_rows(head_of(q, q_stride, b, h, call.q_starts, q0), i, q_stride[2], i < Sq, D, DIM)
@@ -368,6 +364,7 @@ def forward_kernel(
     if seed is not None:
         seed = tl.load(seed)
     start, full, full_end, end = keys_of(first, b, shift, Sk, call, QUERIES, KEYS)
+    skipped = full_end - full
 
     largest = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
@@ -376,9 +373,11 @@ def forward_kernel(
         largest = tl.zeros([QUERIES], tl.float32) + sink * unit(call)
         total += tl.where(sink == float("-inf"), 0.0, 1.0)
     acc = tl.zeros([QUERIES, DIM_V], tl.float32)
-    for MASKED in tl.static_range(0 if call.mask is None else 1, 2):
-        for x in range(start if MASKED else full, end - (full_end - full) if MASKED else full_end, KEYS):
-            j0 = around(x, full, full_end) if MASKED else x
+    for MASKED in tl.static_range(0 if call.mask is None and call.keep is None else 1, 2):
+        for x in range(start + skipped if MASKED else full, end if MASKED else full_end, KEYS):
+            j0 = x
+            if MASKED and call.left is not None:
+                j0 = tl.where(x < full_end, x - skipped, x)
             j = j0 + tl.arange(0, KEYS)
             kept = kept_keys(j, b, Sk, call, MASKED)
             k_tile = load_rows(k, j, k_stride[2], kept, D, DIM)
@@ -433,9 +432,8 @@ def keys_backward_kernel(
     b, h_kv, j0 = block_of(tl.program_id(0), call.H // call.GROUP, call.Sk, call.k_starts, call.members, KEYS)
     q0, Sq = run_of(b, call.q_starts, call.Sq)
     k0, Sk = run_of(b, call.k_starts, call.Sk)
-    if call.k_starts is not None:
-        if (j0 < 0) | (j0 >= Sk):
-            return
+    if call.k_starts is not None and ((j0 < 0) | (j0 >= Sk)):
+        return
     shift = call.bottom_right * (Sk - Sq)
     j = j0 + tl.arange(0, KEYS)
     kept = kept_keys(j, b, Sk, call, True)
@@ -445,6 +443,7 @@ def keys_backward_kernel(
     if seed is not None:
         seed = tl.load(seed)
     start, full, full_end, end = queries_of(j0, kept, shift, Sq, Sk, call, QUERIES, KEYS)
+    skipped = full_end - full
 
     dk_acc = tl.zeros([KEYS, DIM], tl.float32)
     dv_acc = tl.zeros([KEYS, DIM_V], tl.float32)
@@ -454,17 +453,35 @@ def keys_backward_kernel(
         do_head = head_of(grad_o, grad_o_stride, b, h, call.q_starts, q0)
         lse_head = head_of(lse, (call.H * call.Sq, call.Sq, 1), b, h, call.q_starts, q0)
         delta_head = head_of(delta, (call.H * call.Sq, call.Sq, 1), b, h, call.q_starts, q0)
-        for MASKED in tl.static_range(0 if call.mask is None else 1, 2):
-            for x in range(start if MASKED else full, end - (full_end - full) if MASKED else full_end, QUERIES):
-                i = (around(x, full, full_end) if MASKED else x) + tl.arange(0, QUERIES)
+        for MASKED in tl.static_range(0 if call.mask is None and call.keep is None else 1, 2):
+            for x in range(start if MASKED else full, end - skipped if MASKED else full_end, QUERIES):
+                i0 = x
+                if MASKED and call.left is not None:
+                    i0 = tl.where(x < full, x, x + skipped)
+                i = i0 + tl.arange(0, QUERIES)
                 q_tile = load_rows(q_head, i, q_stride[2], i < Sq, D, DIM)
                 do = load_rows(do_head, i, grad_o_stride[2], i < Sq, DV, DIM_V)
-                row_lse, row_delta = load_rows_lse(lse_head, delta_head, i, i < Sq, call)
+                row_lse, row_delta = load_statistics(lse_head, delta_head, i, i < Sq, call)
                 # Transposed, [KEYS, QUERIES]: p and ds are then first operands straight from registers.
-                products = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-                dp = tl.dot(v_tile, tl.trans(do), input_precision="ieee")
                 pz, _, dt = tile_backward(
-                    products, dp, row_lse, row_delta, i, j0, kept, b, h, shift, Sq, call, seed, MASKED, KEYS, 1
+                    q_tile,
+                    k_tile,
+                    do,
+                    v_tile,
+                    row_lse,
+                    row_delta,
+                    i,
+                    j0,
+                    kept,
+                    b,
+                    h,
+                    shift,
+                    Sq,
+                    call,
+                    seed,
+                    MASKED,
+                    KEYS,
+                    1,
                 )
                 dv_acc = tl.dot(pz.to(do.dtype), do, dv_acc, input_precision="ieee")
                 dk_acc = tl.dot(dt.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
@@ -485,35 +502,52 @@ def queries_backward_kernel(
     b, h, first = block_of(program, call.H, call.Sq, call.q_starts, call.members, QUERIES)
     q0, Sq = run_of(b, call.q_starts, call.Sq)
     k0, Sk = run_of(b, call.k_starts, call.Sk)
-    if call.q_starts is not None:
-        if (first < 0) | (first >= Sq):
-            return
+    if call.q_starts is not None and ((first < 0) | (first >= Sq)):
+        return
     shift = call.bottom_right * (Sk - Sq)
     i = first + tl.arange(0, QUERIES)
     q_tile = load_rows(head_of(q, q_stride, b, h, call.q_starts, q0), i, q_stride[2], i < Sq, D, DIM)
     do = load_rows(head_of(grad_o, grad_o_stride, b, h, call.q_starts, q0), i, grad_o_stride[2], i < Sq, DV, DIM_V)
     lse = head_of(lse, (call.H * call.Sq, call.Sq, 1), b, h, call.q_starts, q0)
     delta = head_of(delta, (call.H * call.Sq, call.Sq, 1), b, h, call.q_starts, q0)
-    row_lse, row_delta = load_rows_lse(lse, delta, i, i < Sq, call)
+    row_lse, row_delta = load_statistics(lse, delta, i, i < Sq, call)
     k = head_of(k, k_stride, b, h // call.GROUP, call.k_starts, k0)
     v = head_of(v, v_stride, b, h // call.GROUP, call.k_starts, k0)
     seed = call.seed
     if seed is not None:
         seed = tl.load(seed)
     start, full, full_end, end = keys_of(first, b, shift, Sk, call, QUERIES, KEYS)
+    skipped = full_end - full
 
     acc = tl.zeros([QUERIES, DIM], tl.float32)
-    for MASKED in tl.static_range(0 if call.mask is None else 1, 2):
-        for x in range(start if MASKED else full, end - (full_end - full) if MASKED else full_end, KEYS):
-            j0 = around(x, full, full_end) if MASKED else x
+    for MASKED in tl.static_range(0 if call.mask is None and call.keep is None else 1, 2):
+        for x in range(start + skipped if MASKED else full, end if MASKED else full_end, KEYS):
+            j0 = x
+            if MASKED and call.left is not None:
+                j0 = tl.where(x < full_end, x - skipped, x)
             j = j0 + tl.arange(0, KEYS)
             kept = kept_keys(j, b, Sk, call, MASKED)
             k_tile = load_rows(k, j, k_stride[2], kept, D, DIM)
             v_tile = load_rows(v, j, v_stride[2], kept, DV, DIM_V)
-            products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-            dp = tl.dot(do, tl.trans(v_tile), input_precision="ieee")
             _, _, dt = tile_backward(
-                products, dp, row_lse, row_delta, i, j0, kept, b, h, shift, Sq, call, seed, MASKED, KEYS, 0
+                q_tile,
+                k_tile,
+                do,
+                v_tile,
+                row_lse,
+                row_delta,
+                i,
+                j0,
+                kept,
+                b,
+                h,
+                shift,
+                Sq,
+                call,
+                seed,
+                MASKED,
+                KEYS,
+                0,
             )
             acc = tl.dot(dt.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
 
@@ -539,12 +573,10 @@ def ds_of(
     v_tile = load_rows(head_of(v, v_stride, b, h_kv, call.k_starts, k0), j, v_stride[2], kept, DV, DIM_V)
     lse = head_of(lse, (call.H * call.Sq, call.Sq, 1), b, h, call.q_starts, q0)
     delta = head_of(delta, (call.H * call.Sq, call.Sq, 1), b, h, call.q_starts, q0)
-    row_lse, row_delta = load_rows_lse(lse, delta, i, inside, call)
-    products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-    dp = tl.dot(do, tl.trans(v_tile), input_precision="ieee")
+    row_lse, row_delta = load_statistics(lse, delta, i, inside, call)
     shift = call.bottom_right * (Sk - Sq)
     _, ds, _ = tile_backward(
-        products, dp, row_lse, row_delta, i, j0, kept, b, h, shift, Sq, call, seed, True, KEYS, 0
+        q_tile, k_tile, do, v_tile, row_lse, row_delta, i, j0, kept, b, h, shift, Sq, call, seed, True, KEYS, 0
     )  # fmt: skip
     return ds
 
