@@ -42,34 +42,44 @@ class Tile(NamedTuple):
 
 
 # By compute capability, 8 standing for those not listed, and bytes of an element; then by padded head dimension at
-# most. The tiles of 8 fit the 99 KiB of shared memory of 8.6, 8.9 and 12.0, those of AMD 64 KiB.
+# most. The tiles of 8 fit the 99 KiB of shared memory of 8.6, 8.9 and 12.0, those of AMD 64 KiB. Rows of a feature are
+# for kernels that would not keep the others' tiles in registers: "biased" by bias, relative bias or softcap.
 FORWARD = {
     (device.AMD, 2): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 1), 256: Tile(64, 32, 8, 1)},
     (device.AMD, 4): {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 4, 1), 256: Tile(16, 32, 4, 1)},
     (8, 2): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+    (8, 2, "biased"): {128: Tile(128, 32, 8, 2)},
     (8, 4): {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
     (9, 2): {64: Tile(128, 128, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
-    (9, 4): {64: Tile(32, 32, 4, 2), 128: Tile(16, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
+    (9, 2, "biased"): {64: Tile(128, 64, 8, 3)},
+    (9, 4): {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
 }
 KEYS_BACKWARD = {
     (device.AMD, 2): {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 4, 1), 256: Tile(16, 64, 4, 1)},
     (device.AMD, 4): {256: Tile(16, 32, 4, 1)},
     (8, 2): {64: Tile(64, 32, 4, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
-    (8, 4): {64: Tile(16, 32, 8, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 8, 1)},
+    (8, 2, "packed"): {64: Tile(32, 32, 4, 2)},
+    (8, 2, "biased"): {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 8, 2)},
+    (8, 4): {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 8, 1)},
     (9, 2): {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 32, 8, 1)},
+    (9, 2, "biased"): {128: Tile(32, 32, 8, 2)},
 }
 QUERIES_BACKWARD = {
     (device.AMD, 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
     (device.AMD, 4): {128: Tile(32, 32, 4, 1), 256: Tile(16, 32, 4, 1)},
     (8, 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
+    (8, 2, "biased"): {64: Tile(64, 32, 4, 2)},
     (8, 4): {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
+    (8, 4, "biased"): {128: Tile(16, 32, 4, 1)},
     (9, 2): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(32, 32, 4, 1)},
+    (9, 2, "biased"): {128: Tile(128, 32, 8, 2)},
 }
 BIASES_BACKWARD = {  # as many queries as keys
     (device.AMD, 2): {128: Tile(64, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
     (device.AMD, 4): {256: Tile(32, 32, 4, 1)},
-    (8, 2): {128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
-    (8, 4): {256: Tile(32, 32, 8, 1)},
+    (8, 2): {64: Tile(64, 64, 8, 2), 128: Tile(32, 32, 4, 2), 256: Tile(32, 32, 8, 1)},
+    (8, 4): {256: Tile(32, 32, 4, 1)},
+    (9, 2): {128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
 }
 DELTA_SIZE = 2048  # elements of a tile of delta_kernel
 SINKS_ROWS = 1024
@@ -702,12 +712,18 @@ def call_of(q: Tensor, k: Tensor, a: Arguments) -> Call:
     )
 
 
-def options(table: dict[tuple[int, int], dict[int, Tile]], q: Tensor, v: Tensor) -> tuple[Tile, dict[str, Any]]:
+def options(
+    table: dict[tuple[Any, ...], dict[int, Tile]], q: Tensor, v: Tensor, call: Call
+) -> tuple[Tile, dict[str, Any]]:
     """Tile and compile-time arguments of a launch."""
-    D, DV, size = q.shape[-1], v.shape[-1], q.element_size()
+    D, DV = q.shape[-1], v.shape[-1]
     DIM, DIM_V = padded(D), padded(DV)
-    by_dim = table.get((device.capability(q.device), size), table[8, size])
-    tile = next(tile for most, tile in by_dim.items() if most >= max(DIM, DIM_V))
+    biased = call.bias is not None or call.relative is not None or call.softcap is not None
+    feature = "biased" if biased else "packed" if call.q_starts is not None else ""
+    key = device.capability(q.device), q.element_size()
+    key = key if key in table else (8, q.element_size())
+    rows = table[key] | table.get((*key, feature), {})
+    tile = rows[min(most for most in rows if most >= max(DIM, DIM_V))]
     return tile, {
         "D": D,
         "DV": DV,
@@ -735,7 +751,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, a: Arguments, o: Tensor, lse: Tenso
         return
     B, H, Sq, _ = q.shape
     call = call_of(q, k, a)
-    tile, constants = options(FORWARD, q, v)
+    tile, constants = options(FORWARD, q, v, call)
     with device.guard(q.device):
         forward_kernel[(blocks(Sq, tile.queries, call.members) * B * H,)](
             *(q, k, v, o, lse, *strides(q, k, v, o), call), **constants
@@ -774,11 +790,11 @@ def backward(
             ROWS=DELTA_SIZE // DIM_V,
             enable_fp_fusion=True,
         )
-        tile, constants = options(KEYS_BACKWARD, q, v)
+        tile, constants = options(KEYS_BACKWARD, q, v, call)
         keys_backward_kernel[(blocks(Sk, tile.keys, call.members) * B * Hkv,)](
             *(*inputs, dk, dv, *strides(grad_o, q, k, v, dk, dv), call), **constants
         )
-        tile, constants = options(QUERIES_BACKWARD, q, v)
+        tile, constants = options(QUERIES_BACKWARD, q, v, call)
         queries_backward_kernel[(blocks(Sq, tile.queries, call.members) * B * H,)](
             *(*inputs, dq, *strides(grad_o, q, k, v, dq), call), **constants
         )
@@ -792,7 +808,7 @@ def backward(
 
 def bias_backward(inputs: tuple[Tensor, ...], call: Call, dbias: Tensor) -> None:
     grad_o, q, k, v = inputs[:4]
-    tile, constants = options(BIASES_BACKWARD, q, v)
+    tile, constants = options(BIASES_BACKWARD, q, v, call)
     dbias_B, dbias_H, queries, keys = dbias.shape
     q_blocks, k_blocks = triton.cdiv(queries, tile.queries), triton.cdiv(keys, tile.keys)
     bias_backward_kernel[(dbias_B * dbias_H * q_blocks * k_blocks,)](
@@ -806,7 +822,7 @@ def bias_backward(inputs: tuple[Tensor, ...], call: Call, dbias: Tensor) -> None
 
 def relative_backward(inputs: tuple[Tensor, ...], call: Call, drelative: Tensor) -> None:
     grad_o, q, k, v = inputs[:4]
-    tile, constants = options(BIASES_BACKWARD, q, v)
+    tile, constants = options(BIASES_BACKWARD, q, v, call)
     B = call.members if call.q_starts is not None else q.shape[0]
     longest = max(call.Sq, call.Sk)
     half = triton.cdiv(longest, tile.keys)
