@@ -61,8 +61,10 @@ KEYS_BACKWARD = {
     (8, 2, "packed"): {64: Tile(32, 32, 4, 2)},
     (8, 2, "biased"): {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 8, 2)},
     (8, 4): {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 8, 1)},
+    (8, 4, "packed"): {64: Tile(32, 32, 8, 1)},
     (9, 2): {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 32, 8, 1)},
     (9, 2, "biased"): {128: Tile(32, 32, 8, 2)},
+    (9, 4): {64: Tile(16, 32, 8, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 8, 1)},
 }
 QUERIES_BACKWARD = {
     (device.AMD, 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
@@ -70,16 +72,19 @@ QUERIES_BACKWARD = {
     (8, 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
     (8, 2, "biased"): {64: Tile(64, 32, 4, 2)},
     (8, 4): {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
-    (8, 4, "biased"): {128: Tile(16, 32, 4, 1)},
+    (8, 4, "biased"): {64: Tile(16, 32, 8, 1), 128: Tile(16, 32, 8, 1)},
     (9, 2): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(32, 32, 4, 1)},
     (9, 2, "biased"): {128: Tile(128, 32, 8, 2)},
 }
-BIASES_BACKWARD = {  # as many queries as keys
+BIAS_BACKWARD = {  # as many queries as keys
     (device.AMD, 2): {128: Tile(64, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
     (device.AMD, 4): {256: Tile(32, 32, 4, 1)},
     (8, 2): {64: Tile(64, 64, 8, 2), 128: Tile(32, 32, 4, 2), 256: Tile(32, 32, 8, 1)},
-    (8, 4): {256: Tile(32, 32, 4, 1)},
+    (8, 4): {128: Tile(32, 32, 4, 1), 256: Tile(32, 32, 8, 1)},
     (9, 2): {128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+}
+RELATIVE_BACKWARD = BIAS_BACKWARD | {
+    (8, 4): {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 16, 1), 256: Tile(32, 32, 8, 1)},
 }
 DELTA_SIZE = 2048  # elements of a tile of delta_kernel
 SINKS_ROWS = 1024
@@ -808,7 +813,7 @@ def backward(
 
 def bias_backward(inputs: tuple[Tensor, ...], call: Call, dbias: Tensor) -> None:
     grad_o, q, k, v = inputs[:4]
-    tile, constants = options(BIASES_BACKWARD, q, v, call)
+    tile, constants = options(BIAS_BACKWARD, q, v, call)
     dbias_B, dbias_H, queries, keys = dbias.shape
     q_blocks, k_blocks = triton.cdiv(queries, tile.queries), triton.cdiv(keys, tile.keys)
     bias_backward_kernel[(dbias_B * dbias_H * q_blocks * k_blocks,)](
@@ -822,7 +827,7 @@ def bias_backward(inputs: tuple[Tensor, ...], call: Call, dbias: Tensor) -> None
 
 def relative_backward(inputs: tuple[Tensor, ...], call: Call, drelative: Tensor) -> None:
     grad_o, q, k, v = inputs[:4]
-    tile, constants = options(BIASES_BACKWARD, q, v, call)
+    tile, constants = options(RELATIVE_BACKWARD, q, v, call)
     B = call.members if call.q_starts is not None else q.shape[0]
     longest = max(call.Sq, call.Sk)
     half = triton.cdiv(longest, tile.keys)
