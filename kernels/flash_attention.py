@@ -53,6 +53,7 @@ FORWARD = {
     (9, 2): {64: Tile(128, 128, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
     (9, 2, "biased"): {64: Tile(128, 64, 8, 3)},
     (9, 4): {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
+    (9, 4, "padded"): {128: Tile(16, 32, 16, 1)},
 }
 KEYS_BACKWARD = {
     (device.AMD, 2): {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 4, 1), 256: Tile(16, 64, 4, 1)},
@@ -724,7 +725,8 @@ def options(
     D, DV = q.shape[-1], v.shape[-1]
     DIM, DIM_V = padded(D), padded(DV)
     biased = call.bias is not None or call.relative is not None or call.softcap is not None
-    feature = "biased" if biased else "packed" if call.q_starts is not None else ""
+    features = {"biased": biased, "packed": call.q_starts is not None, "padded": call.keep is not None}
+    feature = next((name for name, has in features.items() if has), "")
     key = device.capability(q.device), q.element_size()
     key = key if key in table else (8, q.element_size())
     rows = table[key] | table.get((*key, feature), {})
