@@ -43,9 +43,11 @@ class Tile(NamedTuple):
 
 # By compute capability, 8 standing for those not listed, and bytes of an element; then by padded head dimension at
 # most. The tiles of 8 fit the 99 KiB of shared memory of 8.6, 8.9 and 12.0, those of AMD 64 KiB. Rows of a feature are
-# for kernels that would not keep the others' tiles in registers: "biased" by bias, relative bias or softcap.
+# for kernels that would not keep the others' tiles in registers: "biased" by bias, relative bias or softcap, "packed" with
+# starts, "padded" with keep.
 FORWARD = {
     (device.AMD, 2): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 1), 256: Tile(64, 32, 8, 1)},
+    (device.AMD, 2, "padded"): {64: Tile(128, 64, 8, 1)},
     (device.AMD, 4): {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 4, 1), 256: Tile(16, 32, 4, 1)},
     (8, 2): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
     (8, 2, "biased"): {128: Tile(128, 32, 8, 2)},
