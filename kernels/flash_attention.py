@@ -18,7 +18,7 @@ Floor: flops over the tensor cores' rate in 16-bit types; float32 runs on the FM
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,8 +28,7 @@ from torch import Tensor
 from fusetune.kernels import device
 from fusetune.kernels.philox import dropped, keep_mask
 
-if TYPE_CHECKING:
-    from fusetune.ops.flash_attention import Arguments
+Arguments = Any  # the NamedTuple of pyfront/ops/flash_attention.py, which this layer may not import
 
 
 class Tile(NamedTuple):
@@ -43,8 +42,8 @@ class Tile(NamedTuple):
 
 # By compute capability, 8 standing for those not listed, and bytes of an element; then by padded head dimension at
 # most. The tiles of 8 fit the 99 KiB of shared memory of 8.6, 8.9 and 12.0, those of AMD 64 KiB. Rows of a feature are
-# for kernels that would not keep the others' tiles in registers: "biased" by bias, relative bias or softcap, "packed" with
-# starts, "padded" with keep.
+# for kernels that would not keep the others' tiles in registers: "biased" by bias, relative bias or softcap, "packed"
+# with starts, "padded" with keep.
 FORWARD = {
     (device.AMD, 2): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 1), 256: Tile(64, 32, 8, 1)},
     (device.AMD, 2, "padded"): {64: Tile(128, 64, 8, 1)},
