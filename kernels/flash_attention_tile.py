@@ -297,23 +297,45 @@ def padded(D: int) -> int:
 
 
 def call_of(q: Tensor, k: Tensor, a: Arguments) -> Call:
-    def of(mask: Tensor | None) -> list[Any]:
+    def strides_of(mask: Tensor | None) -> list[int]:
         if mask is None:
-            return [None, 0, 0, 0, 0]
-        return [mask, *(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))]
+            return [0] * 4
+        return [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
 
+    mask_b, mask_h, mask_q, mask_k = strides_of(a.mask)
+    bias_b, bias_h, bias_q, bias_k = strides_of(a.bias)
+    threshold, kept_scale = dropped(a.dropout_p)
     return Call(
-        *(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2]),
-        *(a.scale, a.softcap or None),
-        *(None if side < 0 else side for side in (a.left, a.right)),
-        int(not a.top_left),
-        *(a.keep, 0 if a.keep is None else a.keep.stride(0)),
-        *of(a.mask),
-        *of(a.bias),
-        *(a.relative, 0 if a.relative is None else (a.relative.shape[1] + 1) // 2),
-        a.sinks,
-        *(a.q_starts, a.k_starts, 0 if a.q_starts is None else len(a.q_starts) - 1),
-        *(a.seed, *dropped(a.dropout_p)),
+        H=q.shape[1],
+        GROUP=q.shape[1] // k.shape[1],
+        Sq=q.shape[2],
+        Sk=k.shape[2],
+        scale=a.scale,
+        softcap=a.softcap or None,
+        left=None if a.left < 0 else a.left,
+        right=None if a.right < 0 else a.right,
+        bottom_right=int(not a.top_left),
+        keep=a.keep,
+        keep_row=0 if a.keep is None else a.keep.stride(0),
+        mask=a.mask,
+        mask_b=mask_b,
+        mask_h=mask_h,
+        mask_q=mask_q,
+        mask_k=mask_k,
+        bias=a.bias,
+        bias_b=bias_b,
+        bias_h=bias_h,
+        bias_q=bias_q,
+        bias_k=bias_k,
+        relative=a.relative,
+        N=0 if a.relative is None else (a.relative.shape[1] + 1) // 2,
+        sinks=a.sinks,
+        q_starts=a.q_starts,
+        k_starts=a.k_starts,
+        members=0 if a.q_starts is None else len(a.q_starts) - 1,
+        seed=a.seed,
+        threshold=threshold,
+        kept_scale=kept_scale,
     )
 
 
