@@ -22,6 +22,7 @@ from torch import Tensor
 from fusetune.kernels import device
 from fusetune.kernels import flash_attention_bias as biases
 from fusetune.kernels.flash_attention_tile import (
+    HIDDEN,
     LN2,
     Arguments,
     Tile,
@@ -164,8 +165,8 @@ def delta_kernel(
     row = head.to(tl.int64) * Sq + i
     if grad_lse is not None:
         D_i -= tl.load(grad_lse + row, i < Sq, other=0.0)
-    sees_nothing = tl.load(lse + row, i < Sq, other=0.0) == float("-inf")  # and takes no part, whatever its gradients
-    tl.store(delta + row, tl.where(sees_nothing, 0.0, D_i), i < Sq)
+    hidden = tl.load(lse + row, i < Sq, other=0.0) < HIDDEN  # takes no part, whatever its gradients
+    tl.store(delta + row, tl.where(hidden, 0.0, D_i), i < Sq)
 
 
 @triton.jit

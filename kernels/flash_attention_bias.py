@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fusetune.kernels import device
 from fusetune.kernels.flash_attention_tile import (
+    HIDDEN,
     Call,
     Tile,
     head_of,
@@ -161,7 +162,7 @@ def sinks_backward_kernel(sinks, lse, delta, dsinks, B, H, Sq, ROWS: tl.constexp
         for i0 in range(0, Sq, ROWS):
             i = i0 + tl.arange(0, ROWS)
             row_lse = tl.load(lse + head + i, i < Sq, other=float("-inf"))
-            row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
+            row_lse = tl.where(row_lse < HIDDEN, float("inf"), row_lse)
             acc -= tl.exp(sink - row_lse) * tl.load(delta + head + i, i < Sq, other=0.0)
     tl.store(dsinks + h, tl.sum(acc, 0))
 

@@ -28,6 +28,7 @@ KEPT_CHUNK = tl.constexpr(1024)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+HIDDEN = tl.constexpr(-1e5)  # kHidden of the contract
 
 
 class Call(NamedTuple):
@@ -95,9 +96,9 @@ def exponential(s, call):
 
 @triton.jit
 def load_statistics(lse, delta, i, inside, call):
-    """lse in the units of `logits`, infinite for queries that see nothing so that their p is 0; and delta."""
-    rows = tl.load(lse + i, inside, other=float("-inf")) * unit(call)
-    return tl.where(rows == float("-inf"), float("inf"), rows), tl.load(delta + i, inside, other=0.0)
+    """lse times `unit`, infinite for queries that take no part so that their p is 0; and delta."""
+    rows = tl.load(lse + i, inside, other=float("-inf"))
+    return tl.where(rows < HIDDEN, float("inf"), rows * unit(call)), tl.load(delta + i, inside, other=0.0)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from fusetune._native import DTYPES
 from fusetune.kernels import adamw, device, dora, flash_attention, lora, quantize
-from fusetune.ops.flash_attention import Arguments
+from fusetune.ops._flash_attention_backends import Arguments
 
 # Of the AMD code object: registers with the accumulation registers, and bytes of scratch memory a thread.
 HIP_METADATA = ("vgpr_count", "private_segment_fixed_size")
