@@ -33,6 +33,7 @@ from fusetune.kernels.flash_attention_tile import (
     head_of,
     kept_keys,
     keys_of,
+    load_gradient,
     load_rows,
     load_statistics,
     logits,
@@ -207,8 +208,8 @@ def keys_backward_kernel(
                     i0 = tl.where(x < full, x, x + skipped)
                 i = i0 + tl.arange(0, QUERIES)
                 q_tile = load_rows(q_head, i, q_stride[2], i < Sq, D, DIM)
-                do = load_rows(do_head, i, grad_o_stride[2], i < Sq, DV, DIM_V)
                 row_lse, row_delta = load_statistics(lse_head, delta_head, i, i < Sq, call)
+                do = load_gradient(do_head, i, grad_o_stride[2], i < Sq, row_lse, call, DV, DIM_V)
                 # Transposed, [KEYS, QUERIES]: p and ds are then first operands straight from registers.
                 pz, _, dt = tile_backward(
                     q_tile,
@@ -254,10 +255,11 @@ def queries_backward_kernel(
     shift = call.bottom_right * (Sk - Sq)
     i = first + tl.arange(0, QUERIES)
     q_tile = load_rows(head_of(q, q_stride, b, h, call.q_starts, q0), i, q_stride[2], i < Sq, D, DIM)
-    do = load_rows(head_of(grad_o, grad_o_stride, b, h, call.q_starts, q0), i, grad_o_stride[2], i < Sq, DV, DIM_V)
     lse = head_of(lse, (call.H * call.Sq, call.Sq, 1), b, h, call.q_starts, q0)
     delta = head_of(delta, (call.H * call.Sq, call.Sq, 1), b, h, call.q_starts, q0)
     row_lse, row_delta = load_statistics(lse, delta, i, i < Sq, call)
+    grad_o = head_of(grad_o, grad_o_stride, b, h, call.q_starts, q0)
+    do = load_gradient(grad_o, i, grad_o_stride[2], i < Sq, row_lse, call, DV, DIM_V)
     k = head_of(k, k_stride, b, h // call.GROUP, call.k_starts, k0)
     v = head_of(v, v_stride, b, h // call.GROUP, call.k_starts, k0)
     seed = call.seed

@@ -22,6 +22,7 @@ from fusetune.kernels.flash_attention_tile import (
     head_of,
     kept_keys,
     keys_of,
+    load_gradient,
     load_rows,
     load_statistics,
     options,
@@ -58,12 +59,13 @@ def ds_of(
     kept = kept_keys(j, b, Sk, call, True)
     h_kv = h // call.GROUP
     q_tile = load_rows(head_of(q, q_stride, b, h, call.q_starts, q0), i, q_stride[2], inside, D, DIM)
-    do = load_rows(head_of(grad_o, grad_o_stride, b, h, call.q_starts, q0), i, grad_o_stride[2], inside, DV, DIM_V)
     k_tile = load_rows(head_of(k, k_stride, b, h_kv, call.k_starts, k0), j, k_stride[2], kept, D, DIM)
     v_tile = load_rows(head_of(v, v_stride, b, h_kv, call.k_starts, k0), j, v_stride[2], kept, DV, DIM_V)
     lse = head_of(lse, (call.H * call.Sq, call.Sq, 1), b, h, call.q_starts, q0)
     delta = head_of(delta, (call.H * call.Sq, call.Sq, 1), b, h, call.q_starts, q0)
     row_lse, row_delta = load_statistics(lse, delta, i, inside, call)
+    grad_o = head_of(grad_o, grad_o_stride, b, h, call.q_starts, q0)
+    do = load_gradient(grad_o, i, grad_o_stride[2], inside, row_lse, call, DV, DIM_V)
     shift = call.bottom_right * (Sk - Sq)
     _, ds, _ = tile_backward(
         q_tile, k_tile, do, v_tile, row_lse, row_delta, i, j0, kept, b, h, shift, Sq, call, seed, True, KEYS, 0

@@ -61,6 +61,7 @@ class Call(NamedTuple):
     q_starts: Tensor | None
     k_starts: Tensor | None
     members: int
+    hides: int | None  # 1 where some query may see no key
     seed: Tensor | None
     threshold: int
     kept_scale: float
@@ -99,6 +100,14 @@ def load_statistics(lse, delta, i, inside, call):
     """lse times `unit`, infinite for queries that take no part so that their p is 0; and delta."""
     rows = tl.load(lse + i, inside, other=float("-inf"))
     return tl.where(rows < HIDDEN, float("inf"), rows * unit(call)), tl.load(delta + i, inside, other=0.0)
+
+
+@triton.jit
+def load_gradient(base, i, row_stride, inside, lse, call, DV: tl.constexpr, DIM_V: tl.constexpr):
+    """Rows of do, zeros where load_statistics has lse infinite: what those queries' gradients are may be anything."""
+    if call.hides is not None:
+        inside &= lse < float("inf")
+    return load_rows(base, i, row_stride, inside, DV, DIM_V)
 
 
 @triton.jit
@@ -303,6 +312,9 @@ def call_of(q: Tensor, k: Tensor, a: Arguments) -> Call:
             return [0] * 4
         return [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
 
+    # Between as many queries as keys a query sees itself, unless a mask hides it. Values of starts are not read.
+    same = q.shape[2] == k.shape[2] if a.q_starts is None else a.q_starts.data_ptr() == a.k_starts.data_ptr()
+    masks = any(t is not None for t in (a.keep, a.mask, a.bias, a.relative))
     mask_b, mask_h, mask_q, mask_k = strides_of(a.mask)
     bias_b, bias_h, bias_q, bias_k = strides_of(a.bias)
     threshold, kept_scale = dropped(a.dropout_p)
@@ -334,6 +346,7 @@ def call_of(q: Tensor, k: Tensor, a: Arguments) -> Call:
         q_starts=a.q_starts,
         k_starts=a.k_starts,
         members=0 if a.q_starts is None else len(a.q_starts) - 1,
+        hides=None if same and not masks else 1,
         seed=a.seed,
         threshold=threshold,
         kept_scale=kept_scale,
