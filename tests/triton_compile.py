@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from fusetune._native import DTYPES
 from fusetune.kernels import adamw, device, dora, flash_attention, lora, quantize
+from fusetune.ops._flash_attention_backends import Arguments
 
 # Of the AMD code object: registers with the accumulation registers, and bytes of scratch memory a thread.
 HIP_METADATA = ("vgpr_count", "private_segment_fixed_size")
@@ -63,15 +64,37 @@ def dora_case(dtype: torch.dtype, adapter: torch.dtype, M: int, K: int, N: int, 
     dora.dropout(x, x, 0.1, torch.zeros(1, dtype=torch.int64))
 
 
-def attention_case(
-    dtype: torch.dtype, B: int, H: int, Hkv: int, S: int, D: int, causal: bool, padding: bool, p: float
-) -> None:
+ATTENTION = {  # options of a case, by name
+    "": {},
+    ", causal": {"right": 0},
+    ", causal, padding, dropout": {"right": 0, "keep": True, "dropout_p": 0.1},
+    ", bias, dropout": {"bias": True, "dropout_p": 0.1},
+    ", relative, dropout": {"relative": True, "dropout_p": 0.1},
+    ", packed, causal": {"packed": True, "right": 0},
+    ", window, softcap, sinks": {"left": 127, "right": 0, "softcap": 50.0, "sinks": True},
+    ", mask": {"mask": True},
+}
+
+
+def attention_case(dtype: torch.dtype, B: int, H: int, Hkv: int, S: int, D: int, **options: Any) -> None:
+    """Both passes, with the gradients of all that has one."""
+    has = {name: options.pop(name, False) for name in ("keep", "mask", "bias", "relative", "sinks", "packed")}
     q, k, v = (torch.empty(B, S, heads, D, dtype=dtype).transpose(1, 2) for heads in (H, Hkv, Hkv))
-    keep = torch.empty(B, S, dtype=torch.bool) if padding else None
-    seed = torch.zeros(1, dtype=torch.int64) if p else None
-    lse = torch.empty(B, H, S)
-    flash_attention.forward(q, k, v, keep, q, lse, D**-0.5, causal, p, seed)
-    flash_attention.backward(q, q, k, v, keep, q, lse, q, k, v, D**-0.5, causal, p, seed)
+    lse, starts = torch.empty(B, H, S), torch.empty(9, dtype=torch.int32) if has["packed"] else None
+    dbias, drelative, dsinks = torch.empty(1, H, S, S), torch.empty(H, 2 * S - 1), torch.empty(H)
+    arguments = Arguments(
+        torch.empty(B, S, dtype=torch.bool) if has["keep"] else None,
+        torch.empty(B, 1, S, S, dtype=torch.bool) if has["mask"] else None,
+        dbias.to(dtype) if has["bias"] else None,
+        drelative if has["relative"] else None,
+        dsinks if has["sinks"] else None,
+        *(starts, starts, D**-0.5),
+        **{"softcap": 0.0, "left": -1, "right": -1, "top_left": False, "dropout_p": 0.0, **options},
+        seed=torch.zeros(1, dtype=torch.int64) if options.get("dropout_p") else None,
+    )
+    flash_attention.forward(q, k, v, arguments, q, lse)
+    needed = [t if has[name] else t[:0] for name, t in (("bias", dbias), ("relative", drelative), ("sinks", dsinks))]
+    flash_attention.backward(q, None, q, k, v, arguments, q, lse, q, k, v, *needed)
 
 
 def adamw_case(dtype: torch.dtype, amsgrad: bool, aligned: bool) -> None:
@@ -109,12 +132,11 @@ def cases() -> dict[str, Callable[[], None]]:
         for adapter in dict.fromkeys([dtype, torch.float32]):
             mixed = "" if adapter is dtype else f", {short[adapter]} adapter"
             found[f"dora {name}{mixed}"] = lambda d=dtype, a=adapter: dora_case(d, a, 2048, 1024, 768, 16)
-        for D in (64, 128, 256):
-            found[f"attention {name}, D={D}, causal"] = lambda d=dtype, D=D: attention_case(
-                d, 2, 8, 2, 1024, D, True, False, 0.0
-            )
-            found[f"attention {name}, D={D}, causal, padding, dropout"] = lambda d=dtype, D=D: attention_case(
-                d, 2, 8, 2, 1024, D, True, True, 0.1
+        for D, (features, options) in itertools.product((64, 128, 256), ATTENTION.items()):
+            if dtype == torch.float16 and not features.startswith(", causal"):  # as bfloat16
+                continue
+            found[f"attention {name}, D={D}{features}"] = lambda d=dtype, D=D, options=options: attention_case(
+                d, 1 if "packed" in options else 2, 8, 2, 1024, D, **options
             )
         for bits, quantized in ((4, "nf4"), (8, "int8")):
             found[f"quantize {quantized}, {name}"] = lambda d=dtype, bits=bits: quantize_case(d, bits)
@@ -123,7 +145,7 @@ def cases() -> dict[str, Callable[[], None]]:
     # Sizes of one become constants of the kernel.
     found["lora fp32, sizes of one"] = lambda: lora_case(torch.float32, torch.float32, 1, 1, 1, 1, 0.0)
     found["dora fp32, sizes of one"] = lambda: dora_case(torch.float32, torch.float32, 1, 1, 1, 1)
-    found["attention fp32, sizes of one"] = lambda: attention_case(torch.float32, 1, 1, 1, 1, 1, True, False, 0.0)
+    found["attention fp32, sizes of one"] = lambda: attention_case(torch.float32, 1, 1, 1, 1, 1, right=0)
     return found
 
 
@@ -152,7 +174,7 @@ def specialize(value: Any) -> tuple[Any, Any]:
     """The type of an argument, and whether 16 is known to divide it, as Triton's launcher has them."""
     if isinstance(value, tuple):
         types, divisible = zip(*map(specialize, value), strict=True)
-        return types, divisible
+        return value._make(types) if hasattr(value, "_make") else types, divisible
     if isinstance(value, torch.Tensor):
         kind, bits = re.fullmatch(r"torch\.([a-z]+)(\d*)", str(value.dtype)).groups()
         return "*" + {"float": "fp", "bfloat": "bf", "int": "i", "uint": "u", "bool": "i1"}[
