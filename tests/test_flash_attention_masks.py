@@ -202,7 +202,7 @@ def test_float_masks_that_hide(backend, Sq, Sk, dtype, mask_dtype, hides):
 @pytest.mark.parametrize("mask_dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 def test_rows_of_smallest_numbers_average_all_keys(backend, dtype, mask_dtype):
-    """As left-padded queries have them: the sum of a logit and finfo.min is finfo.min. Their gradients are not of use."""
+    """As left-padded queries have them: the sum of a logit and finfo.min is finfo.min."""
     inputs, do = make((2, 2, 1, 10, 20, 8), dtype, backend.device)
     seen = visible(10, 20, causal=True).to(do.device).repeat(2, 1, 1, 1)
     seen[0, :, 2:5] = False

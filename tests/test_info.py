@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fusetune
-from fusetune import _native, backend, info
+from fusetune import _native, _tune, backend, info
 
 
 @pytest.fixture(autouse=True)
@@ -139,12 +139,15 @@ def test_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(_tune, "measured", lambda device: {"flash_attention, a case": f"cuda on {device}"})
     report = info.report()
     assert report["gpu"] == {
         "devices": [{"name": "NVIDIA H200", "capability": "9.0", "memory_gib": 141.0}],
         "why_not": None,
     }
     assert "NVIDIA H200 (sm_90, 141.0 GiB)" in info._text(report)
+    assert "flash_attention, a case  cuda on cuda:0" in info._ops_text(report)
 
 
 def test_no_gpu_has_a_reason():
@@ -174,9 +177,6 @@ def test_ops_says_why(capsys):
         assert any(line.startswith(f"{op} ") for line in lines)
 
 
-def test_ops_says_what_was_measured(monkeypatch):
-    report = info.report()
-    report["measured"] = {"flash_attention, torch.bfloat16, 64": "cuda"}
-    assert "flash_attention, torch.bfloat16, 64  cuda" in info._ops_text(report)
+def test_ops_says_what_is_forced(monkeypatch):
     monkeypatch.setenv("FUSETUNE_BACKEND", "cpu")
     assert "FUSETUNE_BACKEND forces it" in info._ops_text(info.report())
