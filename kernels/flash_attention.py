@@ -51,7 +51,7 @@ from fusetune.kernels.philox import keep_mask
 
 # By compute capability, 8 standing for those not listed, and bytes of an element; then by padded head dimension at
 # most. The tiles of 8 fit the 99 KiB of shared memory of 8.6, 8.9 and 12.0, those of AMD 64 KiB. Rows of a feature are
-# for kernels that would not keep the others' tiles in registers: "biased" by bias, relative bias or softcap, "packed"
+# for kernels that would not keep the others' tiles in registers: "biased" by bias, mask or softcap, "packed"
 # with starts, "padded" with keep.
 FORWARD = {
     (device.AMD, 2): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 1), 256: Tile(64, 32, 8, 1)},
@@ -74,7 +74,7 @@ KEYS_BACKWARD = {
     (8, 4): {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 8, 1)},
     (8, 4, "packed"): {64: Tile(32, 32, 8, 1)},
     (9, 2): {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 32, 8, 1)},
-    (9, 2, "biased"): {128: Tile(32, 32, 8, 2)},
+    (9, 2, "biased"): {64: Tile(32, 64, 8, 2), 128: Tile(32, 32, 8, 2)},
     (9, 4): {64: Tile(16, 32, 8, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 8, 1)},
 }
 QUERIES_BACKWARD = {

@@ -40,7 +40,9 @@ BIAS_BACKWARD = {
     (9, 2): {128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
 }
 RELATIVE_BACKWARD = BIAS_BACKWARD | {
+    (8, 2): {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
     (8, 4): {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 16, 1), 256: Tile(32, 32, 8, 1)},
+    (9, 2): {64: Tile(64, 64, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
 }
 SINKS_ROWS = 1024
 PROGRAMS = 512  # of relative_backward_kernel at least, where there are batches enough: four on a multiprocessor

@@ -359,7 +359,7 @@ def options(
     """Tile and compile-time arguments of a launch."""
     D, DV = q.shape[-1], v.shape[-1]
     DIM, DIM_V = padded(D), padded(DV)
-    biased = call.bias is not None or call.relative is not None or call.softcap is not None
+    biased = any(term is not None for term in (call.bias, call.relative, call.mask, call.softcap))
     features = {"biased": biased, "packed": call.q_starts is not None, "padded": call.keep is not None}
     feature = next((name for name, has in features.items() if has), "")
     key = device.capability(q.device), q.element_size()
