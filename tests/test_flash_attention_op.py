@@ -236,7 +236,7 @@ ERRORS = [
         (
             {"relative_bias": torch.ones(4, n)},
             ValueError,
-            rf"relative_bias must have 2 N - 1 columns with N at least 7, got {n}",
+            rf"relative_bias must have 2 N - 1 columns, N at least 7, got {n}",
         )
         for n in (11, 14)
     ),

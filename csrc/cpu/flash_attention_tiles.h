@@ -16,7 +16,7 @@ namespace fusetune::cpu::FUSETUNE_LEVEL {
 namespace {
 
 constexpr int64_t kKeys = kMaskGroup;
-constexpr int64_t kQueries = 48;  // rows of a tile
+constexpr int64_t kQueries = 48;             // rows of a tile
 constexpr float kLeastLogit = -0x1.6p+127f;  // lesser finite ones count as this, which log2(e) does not make infinite
 constexpr float kLog2e = 0x1.715476p+0f, kLn2 = 0x1.62e430p-1f;
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -194,7 +195,7 @@ def fastest_of(candidates: Sequence[str], q: Tensor, k: Tensor, v: Tensor, a: Ar
             _check_agreement(backend, results, expected)
             agreed.add(backend)
 
-    return fastest("flash_attention", case(q, k, v, a), q.device, {b: lambda b=b: way(b) for b in candidates})
+    return fastest("flash_attention", case(q, k, v, a), q.device, {b: functools.partial(way, b) for b in candidates})
 
 
 def torch_is_faster(q: Tensor, k: Tensor, v: Tensor, a: Arguments, ours: Callable[..., Tensor]) -> bool:
@@ -215,7 +216,7 @@ def torch_is_faster(q: Tensor, k: Tensor, v: Tensor, a: Arguments, ours: Callabl
 
         return way
 
-    ways = {"fusetune": run(ours), "torch": run(lambda *qkv: torch_attention(*qkv, a))}
+    ways = {"fusetune": run(ours), "torch": run(lambda q, k, v: torch_attention(q, k, v, a))}
     return fastest("flash_attention or torch", case(q, k, v, a), q.device, ways) == "torch"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +23,6 @@ _OP = "flash_attention"
 Window = tuple[int | None, int | None]
 
 
-@overload
-def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Any
-) -> Tensor: ...
-@overload
-def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Any
-) -> tuple[Tensor, Tensor]: ...
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -50,7 +42,7 @@ def flash_attention(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Scaled dot-product attention (Dao, arXiv 2307.08691); memory grows with S, not S^2.
 
     Query head h reads key head h // (H / Hkv). A query that sees no key gives zeros and takes no part in gradients.
@@ -125,7 +117,9 @@ def flash_attention(
     if choose(_OP, q.device) == "reference":
         seed = int(draw_seed(q.device)) if dropout_p else 0
         o, lse = _reference(q, k, v, arguments, seed)
-    elif not return_lse and backends.torch_is_faster(q, k, v, arguments, lambda *qkv: _attend(*qkv, arguments)[0]):
+    elif not return_lse and backends.torch_is_faster(
+        q, k, v, arguments, lambda q, k, v: _attend(q, k, v, arguments)[0]
+    ):
         return backends.torch_attention(q, k, v, arguments)
     else:
         o, lse = _attend(q, k, v, arguments)
@@ -369,18 +363,20 @@ def _check_starts(q: Tensor, k: Tensor, a: Arguments) -> None:
         ordered = (starts[1:] >= starts[:-1]).all() & (starts[0] >= 0) & (starts[-1] <= tokens)
         condition = f"{name} must never decrease, from 0 or more to at most {tokens}"
         if q.device.type == "cuda":
-            torch._assert_async(ordered, f"{_OP}: {condition}")  # type: ignore[call-arg]
+            torch._assert_async(ordered, f"{_OP}: {condition}")
         else:
             check(bool(ordered), ValueError, f"{_OP}: {condition}, got {starts.tolist()}")
 
 
 def _prepared(a: Arguments) -> Arguments:
     """The small tensors in the dtypes of the contract, by operations that autograd follows."""
+    q_starts = None if a.q_starts is None else a.q_starts.int().contiguous()
+    k_starts = q_starts if a.k_starts is a.q_starts or a.k_starts is None else a.k_starts.int().contiguous()
     return a._replace(
         relative=None if a.relative is None else a.relative.float().contiguous(),
         sinks=None if a.sinks is None else a.sinks.float().contiguous(),
-        q_starts=None if a.q_starts is None else a.q_starts.int().contiguous(),
-        k_starts=None if a.k_starts is None else a.k_starts.int().contiguous(),
+        q_starts=q_starts,
+        k_starts=k_starts,
     )
 
 
@@ -405,7 +401,7 @@ class _FlashAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse, *tensors, seed = ctx.saved_tensors
-        a = Arguments(*tensors, *ctx.options, seed)
+        a = Arguments._make([*tensors, *ctx.options, seed])
         needed = [ctx.needs_input_grad[3 + Arguments._fields.index(name)] for name in ("bias", "relative", "sinks")]
         if grad_o is None:
             grad_o = torch.zeros_like(o)
