@@ -74,6 +74,7 @@ ATTENTION = {  # options of a case, by name
     ", window, softcap, sinks": {"left": 127, "right": 0, "softcap": 50.0, "sinks": True},
     ", mask": {"mask": True},
 }
+FEATURES = list(ATTENTION)
 
 
 def attention_case(dtype: torch.dtype, B: int, H: int, Hkv: int, S: int, D: int, **options: Any) -> None:
@@ -134,6 +135,8 @@ def cases() -> dict[str, Callable[[], None]]:
             found[f"dora {name}{mixed}"] = lambda d=dtype, a=adapter: dora_case(d, a, 2048, 1024, 768, 16)
         for D, (features, options) in itertools.product((64, 128, 256), ATTENTION.items()):
             if dtype == torch.float16 and not features.startswith(", causal"):  # as bfloat16
+                continue
+            if FEATURES.index(features) > 2 and (dtype == torch.float32 or D == 256):  # slow to compile, and rare
                 continue
             found[f"attention {name}, D={D}{features}"] = lambda d=dtype, D=D, options=options: attention_case(
                 d, 1 if "packed" in options else 2, 8, 2, 1024, D, **options
