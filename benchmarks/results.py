@@ -197,7 +197,7 @@ def documents() -> dict[Path, str]:
     """Every generated document and what it must hold."""
     found = {}
     first_screen = []
-    for file in sorted((HERE / "results").glob("*.json")):
+    for file in sorted((HERE / "results").glob("*.json"), reverse=True):  # the larger instruction sets first
         results = json.loads(file.read_text())
         rows = results["benchmarks"]
         steps, cells = [r for r in rows if r["op"] == "finetune"], [r for r in rows if r["op"] != "finetune"]

@@ -36,7 +36,7 @@ def compare(benchmark: Any, ours: Step, others: dict[str, Step], **info: Any) ->
     """Times `ours` against each of `others`.
 
     Every round runs all contenders once, so that a drift of the machine's speed meets them alike. Two rounds warm up;
-    of those that count there are as many as twenty seconds hold, but at least 7 and at most 51.
+    of those that count there are as many as ten seconds hold, but at least 7 and at most 51.
 
     Args:
         benchmark: pytest-benchmark's fixture; receives the timings of `ours`, and everything below as extra_info.
@@ -60,7 +60,7 @@ def compare(benchmark: Any, ours: Step, others: dict[str, Step], **info: Any) ->
     for _ in range(2):
         run_others()
         last = _seconds(ours) + sum(seconds[-1] for seconds in times.values())
-    rounds = int(min(max(20 / last, 7), 51))
+    rounds = int(min(max(10 / last, 7), 51))
     benchmark.pedantic(run_ours, setup=run_others, rounds=rounds)
     mine = benchmark.stats.stats.data
     speedups = {}

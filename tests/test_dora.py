@@ -77,7 +77,8 @@ def rounding_of_the_product(inputs, dy, scale, dropout_p):
     g = m / norm
     scaled = g - 1 if dropout_p else g
     pre = kept**0.5 * (x @ (w if dropout_p else w + delta).T)  # in the mean square over masks
-    terms = (2 * dy @ w, 3 * kept * (dy * scaled) @ w, 2 * kept * (dy * g) @ delta) if dropout_p else ()
+    product = (dy * scaled) @ w  # rounded before the adapter's part is added, where products of 16 bits are native
+    terms = (2 * dy @ w, 3 * kept * product, 2 * kept * (dy * g) @ delta) if dropout_p else (product,)
     floors = {
         "out": half * (scaled * pre).abs().max().item(),
         "dmagnitude": 2 * half * torch.linalg.vector_norm(dy * pre / norm, dim=0).max().item(),

@@ -287,6 +287,8 @@ def test_codes_are_those_of_bitsandbytes(bnb, shape, dtype):
             assert_same(q[:2], (codes, state.absmax))
             if double_quant:
                 assert_same([q.nested], [torch.cat([state.offset[None], state.state2.code, state.state2.absmax])])
+            if w.numel() % 2 == 0:  # as one row: its kernel for AVX-512 is wrong where a block goes on in the next row
+                state.shape = torch.Size([1, w.numel()])
             for out in DTYPES:
                 state.dtype = out
                 assert_same([ops.dequantize(q, out)], [bnb.functional.dequantize_4bit(codes, state).view(shape)])
