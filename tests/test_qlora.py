@@ -28,11 +28,12 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 
 @pytest.fixture(scope="module")
-def bnb(monkeypatch):
+def bnb():
     """bitsandbytes as it computes on most CPUs; where they have AVX512-BF16, it would round activations to bfloat16."""
     package = pytest.importorskip("bitsandbytes", reason="bitsandbytes, which the dev extra has, is not installed")
-    monkeypatch.setattr(package.nn.modules, "has_avx512bf16", lambda: False)
-    return package
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(package.nn.modules, "has_avx512bf16", lambda: False)
+        yield package
 
 
 # The layer
