@@ -273,7 +273,8 @@ def test_decoding(benchmark: Any, device: torch.device, Sk: int, dtype: torch.dt
     B, H, Hkv, D = 1, 16, 4, 64
     q, k, v = make(B, H, 1, D, dtype, device), *(torch.randn(2, B, Hkv, Sk, D, device=device).to(dtype))
 
-    torch.testing.assert_close(flash_attention(q, k, v), F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+    expected = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    assert (flash_attention(q, k, v) - expected).norm() <= 1e-2 * expected.norm()
 
     @torch.no_grad()
     def repeat(attend: Callable[[], Tensor]) -> None:

@@ -201,7 +201,9 @@ def documents() -> dict[Path, str]:
         results = json.loads(file.read_text())
         rows = results["benchmarks"]
         steps, cells = [r for r in rows if r["op"] == "finetune"], [r for r in rows if r["op"] != "finetune"]
-        said, summary = machine(results), "\n".join([steps_table(steps), ops_table(cells), tax_table(cells)])
+        taxed = [row for row in cells if "lora_tax" in row]
+        tables = ((steps_table, steps), (ops_table, cells), (tax_table, taxed))
+        said, summary = machine(results), "\n".join(make(rows) for make, rows in tables if rows)
         where = f"[All cells](benchmarks/results/{file.stem}.md); `make bench` measures your machine."
         first_screen.append(f"{said} {where}\n\n{summary}")
         title = f"# {results['machine_info']['device']}"

@@ -85,7 +85,13 @@ def test_torch_is_measured_where_it_computes_the_same(on_gpu, monkeypatch, chang
 
 
 def test_nothing_is_measured_on_a_cpu(on_gpu):
-    assert not backends.torch_is_faster(Q, Q, Q, NOTHING, lambda *qkv: pytest.fail("it was run"))
+    def fails(*qkv):
+        pytest.fail("it was run")
+
+    assert not backends.torch_is_faster(Q, Q, Q, NOTHING, fails)
+    assert backends.torch_is_faster(Q[:, :, :1], Q, Q, NOTHING, fails)  # decoding
+    assert not backends.torch_is_faster(Q[:, :, :1], Q, Q, NOTHING._replace(softcap=2.0), fails)
+    assert not backends.torch_is_faster(Q[:, :, :1].clone().requires_grad_(), Q, Q, NOTHING, fails)
 
 
 def test_cases_round_lengths_up(on_gpu):
