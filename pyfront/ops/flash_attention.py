@@ -85,7 +85,7 @@ def flash_attention(
             these are not read, and an assertion fails there).
         NotImplementedError: a head dimension over 256, or no backend works on q's device.
     """
-    choose(_OP, q.device)
+    backend = choose(_OP, q.device)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -114,7 +114,7 @@ def flash_attention(
     )
     _check(q, k, v, arguments, softcap, align)
     arguments = _prepared(arguments)
-    if choose(_OP, q.device) == "reference":
+    if backend == "reference":
         seed = int(draw_seed(q.device)) if dropout_p else 0
         o, lse = _reference(q, k, v, arguments, seed)
     elif not return_lse and backends.torch_is_faster(
