@@ -89,28 +89,9 @@ def flash_attention(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if scale is None:
-        scale = 1 / math.sqrt(q.shape[-1]) if q.dim() and q.shape[-1] else 1.0
-    if mask is not None and mask.dtype != torch.bool:
-        bias, mask = mask if bias is None else bias + mask, None
-    if cu_seqlens_q is not None and cu_seqlens_k is None:
-        cu_seqlens_k = cu_seqlens_q
-    left, right = (-1 if side is None else side for side in _check_window(window))
-    arguments = Arguments(
-        key_padding_mask,
-        _to_four(mask),
-        _to_four(bias),
-        relative_bias,
-        sinks,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        float(scale),
-        0.0 if softcap is None else float(softcap),
-        left,
-        0 if causal else right,
-        align == "top_left",
-        float(dropout_p),
-        None,
+    arguments = _arguments(
+        *(q, causal, _check_window(window), align, scale, softcap, key_padding_mask, mask, bias),
+        *(relative_bias, sinks, dropout_p, cu_seqlens_q, cu_seqlens_k),
     )
     _check(q, k, v, arguments, softcap, align)
     arguments = _prepared(arguments)
@@ -148,27 +129,52 @@ def flash_attention_reference(
     seed: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`flash_attention` in plain torch, with the dropout mask of `seed`. Any floating dtype; gradients by autograd."""
-    if mask is not None and mask.dtype != torch.bool:
-        bias, mask = mask if bias is None else bias + mask, None
-    left, right = (-1 if side is None else side for side in window)
-    arguments = Arguments(
-        key_padding_mask,
-        _to_four(mask),
-        _to_four(bias),
-        relative_bias,
-        sinks,
-        cu_seqlens_q,
-        cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
-        (q.shape[-1] ** -0.5 if q.shape[-1] else 1.0) if scale is None else scale,
-        softcap or 0.0,
-        left,
-        0 if causal else right,
-        align == "top_left",
-        dropout_p,
-        None,
+    arguments = _arguments(
+        *(q, causal, window, align, scale, softcap, key_padding_mask, mask, bias),
+        *(relative_bias, sinks, dropout_p, cu_seqlens_q, cu_seqlens_k),
     )
     o, lse = _reference(q, k, v, arguments, seed)
     return (o, lse) if return_lse else o
+
+
+def _arguments(
+    q: Tensor,
+    causal: bool,
+    window: Window,
+    align: str,
+    scale: float | None,
+    softcap: float | None,
+    key_padding_mask: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    relative_bias: Tensor | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> Arguments:
+    """The public arguments in the form of the contract."""
+    if mask is not None and mask.dtype != torch.bool:
+        bias, mask = mask if bias is None else bias + mask, None
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1]) if q.dim() and q.shape[-1] else 1.0
+    left, right = (-1 if side is None else side for side in window)
+    return Arguments(
+        keep=key_padding_mask,
+        mask=_to_four(mask),
+        bias=_to_four(bias),
+        relative=relative_bias,
+        sinks=sinks,
+        q_starts=cu_seqlens_q,
+        k_starts=cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
+        scale=float(scale),
+        softcap=0.0 if softcap is None else float(softcap),
+        left=left,
+        right=0 if causal else right,
+        top_left=align == "top_left",
+        dropout_p=float(dropout_p),
+        seed=None,
+    )
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, a: Arguments, seed: int) -> tuple[Tensor, Tensor]:
