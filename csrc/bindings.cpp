@@ -109,7 +109,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("flash_attention_backward", cpu_launcher(fusetune::cpu::flash_attention_backward), "call"_a, "threads"_a);
 
   m.def("adamw_step", cpu_launcher(fusetune::cpu::adamw_step), "table"_a, "rows"_a, "hypers"_a, "grad_scale"_a,
-        "found_inf"_a, "threads"_a);
+        "found_inf"_a, "grad_norm"_a, "max_grad_norm"_a, "threads"_a);
+  m.def("adamw_grad_norm", cpu_launcher(fusetune::cpu::adamw_grad_norm), "table"_a, "rows"_a, "grad_scale"_a, "norm"_a,
+        "threads"_a);
 
   m.def("quantize_nf4", cpu_launcher(fusetune::cpu::quantize_nf4), "w"_a, "codes"_a, "absmax"_a, "count"_a, "block"_a,
         "dtype"_a, "threads"_a);
@@ -130,7 +132,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("cuda_flash_attention_forward", cuda_launcher(fusetune::cuda::flash_attention_forward), "call"_a, "stream"_a);
   m.def("cuda_flash_attention_backward", cuda_launcher(fusetune::cuda::flash_attention_backward), "call"_a, "stream"_a);
   m.def("cuda_adamw_step", cuda_launcher(fusetune::cuda::adamw_step), "table"_a, "rows"_a, "hypers"_a, "grad_scale"_a,
-        "found_inf"_a, "stream"_a);
+        "found_inf"_a, "grad_norm"_a, "max_grad_norm"_a, "workspace"_a, "stream"_a);
+  m.def("cuda_adamw_grad_norm", cuda_launcher(fusetune::cuda::adamw_grad_norm), "table"_a, "rows"_a, "grad_scale"_a,
+        "norm"_a, "workspace"_a, "stream"_a);
+  m.def("cuda_adamw_grad_norm_workspace", fusetune::cuda::adamw_grad_norm_workspace);
   m.def("cuda_dequantize", cuda_launcher(fusetune::cuda::dequantize), "codes"_a, "absmax"_a, "nested"_a, "out"_a,
         "n0"_a, "n1"_a, "k0"_a, "k1"_a, "K"_a, "block"_a, "bits"_a, "dtype"_a, "stream"_a);
 #endif

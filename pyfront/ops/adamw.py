@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fusetune import _native
-from fusetune._check import check, check_device, check_dtype
+from fusetune._check import check
 from fusetune._register import register
-from fusetune.backend import choose
+from fusetune.ops._adamw_table import Row, Table
+from fusetune.ops.philox import random_bits
+from fusetune.ops.quantize import dynamic_map
 
-# Columns of the table of tensors and of the hyper-parameters: csrc/adamw.h.
-COLUMNS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "numel", "dtype", "group")
-HYPERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize")
+BLOCK = 256  # elements that share an absmax, as in bitsandbytes
 
 
 def adamw_step(
@@ -26,7 +24,7 @@ def adamw_step(
     max_exp_avg_sqs: Sequence[Tensor],
     state_steps: Sequence[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     weight_decay: float,
@@ -35,26 +33,42 @@ def adamw_step(
     maximize: bool = False,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    grad_norm: Tensor | None = None,
+    max_grad_norm: float = 0.0,
+    masters: Sequence[Tensor] = (),
+    absmaxs: Sequence[Tensor] = (),
+    absmax_sqs: Sequence[Tensor] = (),
+    keys: Sequence[int] = (),
 ) -> None:
     """One AdamW step in place (Loshchilov & Hutter, arXiv 1711.05101), the functional form of `fusetune.AdamW`.
 
-    Arguments as in torch._fused_adamw_, except that gradients are left as they are.
+    Arguments as in torch._fused_adamw_, and more; gradients are left as they are.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: tensors of one device; those of one index have one shape and dtype
-            (float32, bfloat16 or float16).
-        max_exp_avg_sqs: the same with amsgrad, else empty.
+        params, grads: tensors of one device, float32, bfloat16 or float16; those of one index have one shape and dtype.
+        exp_avgs, exp_avg_sqs: of the parameters' shapes; the parameter's dtype, float32 or bfloat16, or uint8 codes.
+        max_exp_avg_sqs: the same with amsgrad, else empty. Not with codes.
         state_steps: one-element float32 tensors, incremented.
-        lr, beta1, beta2, weight_decay, eps, amsgrad, maximize: as in torch.optim.AdamW.
+        lr: a number, or a one-element float32 tensor on the device, which is read there.
+        beta1, beta2, weight_decay, eps, amsgrad, maximize: as in torch.optim.AdamW.
         grad_scale: one-element float32; gradients are divided by it.
         found_inf: one-element float32; where it is not 0 nothing is updated, the step counts included.
+        grad_norm, max_grad_norm: a one-element float32, `adamw_grad_norm` of all gradients, and what it is clipped to
+            as by torch.nn.utils.clip_grad_norm_; without `grad_norm` nothing is clipped.
+        masters: float32 copies of 16-bit params, from which these are rounded; or int16, the lower halves of the 32
+            bits whose upper ones are bfloat16 params. Empty: none.
+        absmaxs, absmax_sqs: with codes, float32 [ceil(elements / 256)].
+        keys: integers, one a parameter: what is stored as bfloat16 is rounded stochastically. Empty: to nearest.
 
     Raises:
         TypeError: a dtype other than these, or sparse gradients.
         ValueError: lists of different lengths, or tensors that do not match.
-        NotImplementedError: no backend works on the tensors' device.
+        NotImplementedError: codes with amsgrad, or no backend works on the tensors' device.
     """
-    _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs if amsgrad else exp_avgs, state_steps)
+    columns = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs if amsgrad else params, state_steps)
+    lengths = [len(column) for column in columns]
+    lengths += [len(column) for column in (masters, absmaxs, absmax_sqs, keys) if len(column)]
+    check(len(set(lengths)) == 1, ValueError, f"adamw_step: lists must have one length, got {lengths}")
     _adamw_step(
         list(params),
         list(grads),
@@ -62,8 +76,10 @@ def adamw_step(
         list(exp_avg_sqs),
         list(max_exp_avg_sqs),
         list(state_steps),
-        *(float(lr), float(beta1), float(beta2), float(weight_decay), float(eps)),
-        *(amsgrad, maximize, grad_scale, found_inf),
+        *(0.0 if isinstance(lr, Tensor) else float(lr), lr if isinstance(lr, Tensor) else None),
+        *(float(beta1), float(beta2), float(weight_decay), float(eps)),
+        *(amsgrad, maximize, grad_scale, found_inf, grad_norm, float(max_grad_norm)),
+        *(list(masters), list(absmaxs), list(absmax_sqs), list(keys)),
     )
 
 
@@ -75,7 +91,7 @@ def adamw_step_reference(
     max_exp_avg_sqs: Sequence[Tensor],
     state_steps: Sequence[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     weight_decay: float,
@@ -84,191 +100,123 @@ def adamw_step_reference(
     maximize: bool = False,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    grad_norm: Tensor | None = None,
+    max_grad_norm: float = 0.0,
+    masters: Sequence[Tensor] = (),
+    absmaxs: Sequence[Tensor] = (),
+    absmax_sqs: Sequence[Tensor] = (),
+    keys: Sequence[int] = (),
 ) -> None:
-    """`adamw_step` in plain torch, tensor by tensor, at the tensors' own precision. Any floating dtype."""
+    """`adamw_step` in plain torch, tensor by tensor, in float32, or in float64 where parameters are that."""
     if found_inf is not None and found_inf.item() != 0:
         return
-    for i, (p, grad, m, v, step) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, state_steps, strict=True)):
+    lr = float(lr)
+    for i, (p, grad, step) in enumerate(zip(params, grads, state_steps, strict=True)):
         step += 1
-        g = -grad if maximize else grad
+        t = int(step.item())
+        wide = torch.promote_types(p.dtype, torch.float32)
+        g = grad.to(wide)
         if grad_scale is not None:
-            wide = torch.promote_types(g.dtype, torch.float32)  # in which GradScaler's first scale, 65536, is finite
-            g = (g.to(wide) / grad_scale.to(wide)).to(g.dtype)
-        p.mul_(1 - lr * weight_decay)
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        largest = torch.maximum(max_exp_avg_sqs[i], v, out=max_exp_avg_sqs[i]) if amsgrad else v
-        t = step.item()
-        denominator = largest.sqrt() / (1 - beta2**t) ** 0.5 + eps
-        p.addcdiv_(m, denominator, value=-lr / (1 - beta1**t))
-
-
-def _check(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    state_steps: Sequence[Tensor],
-) -> None:
-    op = "adamw_step"
-    columns = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
-    lengths = [len(column) for column in columns]
-    check(len(set(lengths)) == 1, ValueError, f"{op}: lists must have one length, got {lengths}")
-    for p, g, m, v, largest, step in zip(*columns, strict=True):
-        check_dtype(op, "params", p)
-        check(
-            g.layout == torch.strided,
-            TypeError,
-            f"{op}: grads must be dense, got {g.layout}; use torch.optim.SparseAdam",
-        )
-        for name, tensor in (("grads", g), ("exp_avgs", m), ("exp_avg_sqs", v), ("max_exp_avg_sqs", largest)):
-            check_dtype(op, name, tensor, [p.dtype])
-            check(
-                tensor.shape == p.shape,
-                ValueError,
-                f"{op}: {name} must have the parameter's shape {list(p.shape)}, got {list(tensor.shape)}",
-            )
-            check_device(op, name, tensor, params[0].device)
-        check_device(op, "params", p, params[0].device)
-        check_device(op, "state_steps", step, params[0].device)
-        check_dtype(op, "state_steps", step, [torch.float32])
-
-
-class Table:
-    """The kernel's table of tensors: one row each, [rows, COLUMNS] int64 (csrc/adamw.h).
-
-    The kernel walks p, grad, m, v and v' element by element in memory order. Tensors that are not laid out alike are
-    copied into the parameter's order; `launch` writes the copies back.
-    """
-
-    def __init__(self) -> None:
-        self._rows: list[int] = []
-        self._tensors: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]] = []  # kept alive
-        self._copies: list[tuple[Tensor, Tensor]] = []  # original, copy
-
-    def add(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        largest: Tensor | None,
-        step: Tensor,
-        group: int,
-    ) -> None:
-        """Adds a row. Raises as `adamw_step` does."""
-        # In single expressions, because a step pays for them once for each tensor.
-        shape, dtype, device = param.shape, param.dtype, param.device
-        fits = (
-            grad.shape == exp_avg.shape == exp_avg_sq.shape == shape
-            and grad.dtype is exp_avg.dtype is exp_avg_sq.dtype is dtype
-            and grad.device == exp_avg.device == exp_avg_sq.device == device
-            and (largest is None or (largest.shape == shape and largest.dtype is dtype and largest.device == device))
-            and grad.layout is torch.strided
-            and dtype in _native.DTYPES
-        )
-        in_order = (
-            fits
-            and param.is_contiguous()
-            and grad.is_contiguous()
-            and exp_avg.is_contiguous()
-            and exp_avg_sq.is_contiguous()
-            and (largest is None or largest.is_contiguous())
-        )
-        if not fits:
-            _check([param], [grad], [exp_avg], [exp_avg_sq], [exp_avg if largest is None else largest], [step])
-        if not in_order:
-            # empty_like keeps a dense layout, whatever the order of its dimensions, and else is contiguous
-            like = torch.empty_like(param)
-            param, exp_avg, exp_avg_sq = (self._in_order(t, like) for t in (param, exp_avg, exp_avg_sq))
-            largest = None if largest is None else self._in_order(largest, like)
-            if grad.stride() != like.stride():
-                grad = like.copy_(grad)
-        self._tensors.append((param, grad, exp_avg, exp_avg_sq, largest, step))
-        self._rows += (
-            param.data_ptr(),
-            grad.data_ptr(),
-            exp_avg.data_ptr(),
-            exp_avg_sq.data_ptr(),
-            0 if largest is None else largest.data_ptr(),
-            step.data_ptr(),
-            param.numel(),
-            _native.DTYPES[dtype],
-            group,
-        )
-
-    def _in_order(self, tensor: Tensor, like: Tensor) -> Tensor:
-        if tensor.stride() == like.stride():
-            return tensor
-        copy = torch.empty_like(like).copy_(tensor)
-        self._copies.append((tensor, copy))
-        return copy
-
-    def launch(
-        self,
-        hypers: Sequence[Sequence[float]],
-        device: torch.device,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        """Steps every tensor of the table.
-
-        Args:
-            hypers: the values of HYPERS for each group.
-            device: where the tensors are.
-            grad_scale, found_inf: as in `adamw_step`.
-        """
-        table = torch.frombuffer(array("q", self._rows), dtype=torch.int64).view(-1, len(COLUMNS))
-        scalars = torch.tensor(hypers, dtype=torch.float64)
-        backend = choose("adamw", device)
-        if backend == "cpu":
-            _native.extension().adamw_step(
-                table.data_ptr(),
-                table.shape[0],
-                scalars.data_ptr(),
-                _native.address(grad_scale),
-                _native.address(found_inf),
-                _native.threads(),
-            )
-        elif backend == "cuda":
-            with _native.current_stream(device) as stream:
-                table, scalars = table.to(device), scalars.to(device)
-                _native.extension().cuda_adamw_step(
-                    table.data_ptr(),
-                    table.shape[0],
-                    scalars.data_ptr(),
-                    _native.address(grad_scale),
-                    _native.address(found_inf),
-                    stream,
-                )
-        elif backend == "triton":
-            from fusetune.kernels import adamw as triton_adamw
-
-            triton_adamw.step(table, scalars, device, grad_scale, found_inf)
+            g = g / grad_scale.to(wide)
+        if grad_norm is not None:
+            g = g * (max_grad_norm / (grad_norm.to(wide) + 1e-6)).clamp(max=1.0)
+        if maximize:
+            g = -g
+        master = masters[i] if masters else None
+        w = p.to(wide) if master is None else join(p, master) if master.dtype == torch.int16 else master
+        coded = exp_avgs[i].dtype == torch.uint8
+        if coded:
+            m = dequantize_state(exp_avgs[i], absmaxs[i], signed=True)
+            v = dequantize_state(exp_avg_sqs[i], absmax_sqs[i], signed=False)
         else:
-            self._reference(hypers, grad_scale, found_inf)
-        for original, copy in self._copies:
-            original.copy_(copy)
+            m, v = exp_avgs[i].to(wide), exp_avg_sqs[i].to(wide)
+        w = w * (1 - lr * weight_decay)
+        m = m.lerp(g, 1 - beta1)
+        v = (v * beta2).addcmul(g, g, value=1 - beta2)
+        largest = torch.maximum(max_exp_avg_sqs[i].to(wide), v) if amsgrad else v
+        denominator = largest.sqrt() / (1 - beta2**t) ** 0.5 + eps
+        w = w.addcdiv(m, denominator, value=-lr / (1 - beta1**t))
 
-    def _reference(
-        self, hypers: Sequence[Sequence[float]], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
-        groups = self._rows[len(COLUMNS) - 1 :: len(COLUMNS)]
-        for (p, g, m, v, largest, step), group in zip(self._tensors, groups, strict=True):
-            lr, beta1, beta2, eps, weight_decay, maximize = hypers[group]
-            adamw_step_reference(
-                *([p], [g], [m], [v], [] if largest is None else [largest], [step]),
-                lr=lr,
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=weight_decay,
-                eps=eps,
-                amsgrad=largest is not None,
-                maximize=bool(maximize),
-                grad_scale=grad_scale,
-                found_inf=found_inf,
-            )
+        key = keys[i] if keys else None
+        if master is not None and master.dtype == torch.int16:
+            split(w, p, master)
+        else:
+            _store(p, w, key, 0, t)
+            if master is not None:
+                master.copy_(w)
+        if coded:
+            quantize_state(m, exp_avgs[i], absmaxs[i], signed=True)
+            quantize_state(v, exp_avg_sqs[i], absmax_sqs[i], signed=False)
+        else:
+            _store(exp_avgs[i], m, key, 1, t)
+            _store(exp_avg_sqs[i], v, key, 2, t)
+        if amsgrad:
+            _store(max_exp_avg_sqs[i], largest, key, 3, t)
+
+
+def adamw_grad_norm(grads: Sequence[Tensor], grad_scale: Tensor | None = None) -> Tensor:
+    """The 2-norm of all gradients together, as torch.nn.utils.get_total_norm gives it, in one pass.
+
+    Args:
+        grads: float32, bfloat16 or float16 tensors of one device. Squares are summed in float64.
+        grad_scale: one-element float32, by which the norm is divided.
+
+    Returns:
+        One-element float32, 0-dimensional.
+
+    Raises:
+        TypeError: another dtype, or sparse gradients. ValueError: another device.
+        NotImplementedError: no backend works on the device.
+    """
+    if not grads:
+        return torch.zeros(())
+    return _adamw_grad_norm(list(grads), grad_scale)  # type: ignore[no-any-return]
+
+
+def adamw_grad_norm_reference(grads: Sequence[Tensor], grad_scale: Tensor | None = None) -> Tensor:
+    """`adamw_grad_norm` in plain torch."""
+    squares = [g.double().square().sum() for g in grads]
+    norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
+    return (norm if grad_scale is None else norm / grad_scale.double().squeeze()).float()
+
+
+def join(p: Tensor, low: Tensor) -> Tensor:
+    """The float32 numbers whose halves are bfloat16 `p` and int16 `low`."""
+    return ((p.view(torch.int16).int() << 16) + low.int()).view(torch.float32)
+
+
+def split(w: Tensor, p: Tensor, low: Tensor) -> None:
+    """Writes the halves of float32 `w`: bfloat16 `p`, the nearest to it (ties away from 0), and int16 `low`."""
+    bits = torch.where(w.isnan(), torch.nan, w).view(torch.int32)
+    p.copy_(((bits + 0x8000) >> 16).short().view(torch.bfloat16))
+    low.copy_(bits.short())  # the lower half
+
+
+def dequantize_state(codes: Tensor, absmax: Tensor, *, signed: bool) -> Tensor:
+    """float32 of the shape of uint8 `codes`, blocks of 256 in row-major order; absmax [blocks]."""
+    values = dynamic_map(signed).to(codes.device)[codes.flatten().int()]
+    return (values * absmax.repeat_interleave(BLOCK)[: values.numel()]).view(codes.shape)
+
+
+def quantize_state(x: Tensor, codes: Tensor, absmax: Tensor, *, signed: bool) -> None:
+    """Writes the nearest codes of `x` (float32) and the absmax of its blocks; what is not finite counts as 0."""
+    flat = torch.where(x.isfinite(), x, 0).flatten().float()
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+    absmax.copy_(blocks.abs().amax(1) if len(blocks) else absmax)
+    values = dynamic_map(signed).to(x.device).double()
+    scaled = blocks.double() / torch.where(absmax == 0, 1.0, absmax.double())[:, None]
+    nearest = torch.bucketize(scaled, (values[:-1] + values[1:]) / 2)
+    codes.copy_(nearest.to(torch.uint8).flatten()[: flat.numel()].view(codes.shape))
+
+
+def _store(out: Tensor, x: Tensor, key: int | None, kind: int, t: int) -> None:
+    if key is not None and out.dtype == torch.bfloat16:
+        row = torch.tensor(kind << 56 | t, device=x.device)
+        random = random_bits(key, row, x.numel()).view(x.shape)
+        bits = x.contiguous().view(torch.int32).long() + random
+        rounded = (bits >> 16).short().view(torch.bfloat16)
+        x = torch.where(x.isnan(), torch.nan, rounded)
+    out.copy_(x)
 
 
 def _step(
@@ -279,6 +227,7 @@ def _step(
     max_exp_avg_sqs: list[Tensor],
     state_steps: list[Tensor],
     lr: float,
+    lr_tensor: Tensor | None,
     beta1: float,
     beta2: float,
     weight_decay: float,
@@ -287,19 +236,43 @@ def _step(
     maximize: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    grad_norm: Tensor | None,
+    max_grad_norm: float,
+    masters: list[Tensor],
+    absmaxs: list[Tensor],
+    absmax_sqs: list[Tensor],
+    keys: list[int],
 ) -> None:
     if not params:
         return
-    table = Table()
-    for i, tensors in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        table.add(*tensors, max_exp_avg_sqs[i] if amsgrad else None, state_steps[i], 0)
-    table.launch([(lr, beta1, beta2, eps, weight_decay, float(maximize))], params[0].device, grad_scale, found_inf)
+    rows = [
+        Row(
+            *(params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], max_exp_avg_sqs[i] if amsgrad else None),
+            *(state_steps[i], masters[i] if masters else None),
+            *(absmaxs[i] if absmaxs else None, absmax_sqs[i] if absmax_sqs else None, lr_tensor),
+            key=keys[i] if keys else None,
+        )
+        for i in range(len(params))
+    ]
+    hypers = [(lr, beta1, beta2, eps, weight_decay, float(maximize))]
+    Table(rows).step(hypers, grad_scale, found_inf, grad_norm, max_grad_norm)
+
+
+def _norm(grads: list[Tensor], grad_scale: Tensor | None) -> Tensor:
+    return Table.of_grads(grads).grad_norm(grad_scale)
 
 
 _adamw_step = register(
     "adamw_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
-    " Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, float lr, float beta1, float beta2, float weight_decay,"
-    " float eps, bool amsgrad, bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()",
+    " Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, float lr, Tensor? lr_tensor, float beta1, float beta2,"
+    " float weight_decay, float eps, bool amsgrad, bool maximize, Tensor? grad_scale, Tensor? found_inf,"
+    " Tensor? grad_norm, float max_grad_norm, Tensor(f!)[] masters, Tensor(g!)[] absmaxs, Tensor(h!)[] absmax_sqs,"
+    " int[] keys) -> ()",
     _step,
     lambda *arguments: None,
+)
+_adamw_grad_norm = register(
+    "adamw_grad_norm(Tensor[] grads, Tensor? grad_scale) -> Tensor",
+    _norm,
+    lambda grads, grad_scale: grads[0].new_empty((), dtype=torch.float32),
 )

@@ -59,17 +59,16 @@ def _multiply_wide(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return high, low
 
 
-def keep_mask(seed: int, rows: Tensor, cols: int, p: float) -> Tensor:
-    """Which elements dropout keeps.
+def random_bits(seed: int, rows: Tensor, cols: int) -> Tensor:
+    """The generator's 16 bits of each element.
 
     Args:
         seed: value of the op's seed tensor.
         rows: [...] int64 row numbers (csrc/philox.h says what a row is in each op).
         cols: number of columns.
-        p: probability of dropping.
 
     Returns:
-        [..., cols] bool.
+        [..., cols] int64 from 0 to 65535.
     """
     col = torch.arange(cols, device=rows.device)
     row = rows[..., None]
@@ -78,4 +77,9 @@ def keep_mask(seed: int, rows: Tensor, cols: int, p: float) -> Tensor:
     words = torch.stack(torch.broadcast_tensors(*philox4x32(counter, key, ROUNDS)))
     piece = (col % GROUP) // 16
     word = words.gather(0, (piece // 2).expand(words.shape[1:])[None])[0]
-    return ((word >> (16 * (piece % 2))) & 0xFFFF) >= threshold(p)
+    return (word >> (16 * (piece % 2))) & 0xFFFF
+
+
+def keep_mask(seed: int, rows: Tensor, cols: int, p: float) -> Tensor:
+    """Which elements dropout with probability p keeps: [..., cols] bool; `seed`, `rows`, `cols` as above."""
+    return random_bits(seed, rows, cols) >= threshold(p)

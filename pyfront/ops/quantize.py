@@ -213,14 +213,14 @@ def _table(device: torch.device) -> Tensor:
 
 
 @functools.cache
-def dynamic_map() -> Tensor:
+def dynamic_map(signed: bool = True) -> Tensor:
     """The values of bitsandbytes' 8-bit codes (Dettmers, arXiv 1511.04561, section 2.3): for each exponent i of seven,
-    10^(i - 6) times the centres of 2^i equal parts of [0.1, 1], of either sign; 0 and 1."""
+    10^(i - 6) times the centres of 2^i equal parts of [0.1, 1], of either sign, or of twice as many; 0 and 1."""
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32)
         scaled = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2.0)
-        values += [*scaled.tolist(), *(-scaled).tolist()]
+        values += [*scaled.tolist(), *(-scaled).tolist()] if signed else scaled.tolist()
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 

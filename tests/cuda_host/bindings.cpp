@@ -35,6 +35,8 @@ PYBIND11_MODULE(fusetune_cuda_host, m) {
   m.def("cuda_flash_attention_forward", launcher(fusetune::cuda::flash_attention_forward));
   m.def("cuda_flash_attention_backward", launcher(fusetune::cuda::flash_attention_backward));
   m.def("cuda_adamw_step", launcher(fusetune::cuda::adamw_step));
+  m.def("cuda_adamw_grad_norm", launcher(fusetune::cuda::adamw_grad_norm));
+  m.def("cuda_adamw_grad_norm_workspace", fusetune::cuda::adamw_grad_norm_workspace);
   m.def("cuda_lora_down", launcher(fusetune::cuda::lora_down));
   m.def("cuda_lora_up", launcher(fusetune::cuda::lora_up));
   m.def("cuda_lora_outer", launcher(fusetune::cuda::lora_outer));

@@ -1,0 +1,270 @@
+"""The table of tensors that an AdamW step walks (csrc/adamw.h): its checks, its layout, and the kernels' launches."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusetune import _native
+from fusetune._check import check, check_device, check_dtype
+from fusetune.backend import choose
+
+OP = "adamw_step"
+INT8 = 3  # code of 8-bit states, beside those of csrc/dtype.h
+PLAIN, STOCHASTIC, MASTER, SPLIT = range(4)  # how a parameter is kept
+HYPERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize")
+
+
+class Row(NamedTuple):
+    """One tensor of a step. The first ten are the table's columns of addresses, in its order."""
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    largest: Tensor | None
+    step: Tensor
+    master: Tensor | None = None  # float32, or int16 for split weights
+    absmax: Tensor | None = None
+    absmax_sq: Tensor | None = None
+    lr: Tensor | None = None
+    group: int = 0
+    key: int | None = None  # of stochastic rounding
+
+
+ADDRESSES = 10
+NUMEL, FORMAT, GROUP, KEY = range(ADDRESSES, ADDRESSES + 4)
+COLUMNS = ADDRESSES + 4
+
+
+def row_format(row: Row) -> int:
+    """adamw_format of csrc/adamw.h."""
+    weights = PLAIN
+    if row.master is not None:
+        weights = SPLIT if row.master.dtype == torch.int16 else MASTER
+    elif row.key is not None and torch.bfloat16 in (row.param.dtype, row.exp_avg.dtype):
+        weights = STOCHASTIC
+    state = INT8 if row.exp_avg.dtype == torch.uint8 else _native.DTYPES[row.exp_avg.dtype]
+    return _native.DTYPES[row.param.dtype] | state << 4 | weights << 8
+
+
+def check_row(row: Row, device: torch.device) -> None:
+    """Raises as `adamw_step` documents."""
+    p, grad = row.param, row.grad
+    check_dtype(OP, "params", p)
+    check_device(OP, "params", p, device)
+    check(
+        grad.layout == torch.strided, TypeError, f"{OP}: grads must be dense, got {grad.layout}; use torch.optim.SparseAdam"
+    )
+    coded = row.exp_avg.dtype == torch.uint8
+    states = [torch.uint8] if coded else sorted({p.dtype, torch.float32, torch.bfloat16}, key=_native.DTYPES.get)
+    halves = row.master is not None and row.master.dtype == torch.int16
+    for name, tensor, dtypes in (
+        ("grads", grad, [p.dtype]),
+        ("exp_avgs", row.exp_avg, states),
+        ("exp_avg_sqs", row.exp_avg_sq, [row.exp_avg.dtype]),
+        ("max_exp_avg_sqs", row.largest, [row.exp_avg.dtype]),
+        ("masters", row.master, [torch.int16] if halves else [torch.float32]),
+    ):
+        if tensor is not None:
+            check_dtype(OP, name, tensor, dtypes)
+            check(
+                tensor.shape == p.shape,
+                ValueError,
+                f"{OP}: {name} must have the parameter's shape {list(p.shape)}, got {list(tensor.shape)}",
+            )
+            check_device(OP, name, tensor, device)
+    if row.master is not None:
+        check_dtype(OP, "params with int16 masters" if halves else "params with masters", p, NARROW[0 if halves else 1])
+    check(not (coded and row.largest is not None), NotImplementedError, f"{OP}: amsgrad must be False with 8-bit states")
+    blocks = -(-p.numel() // 256)
+    for name, tensor in (("absmaxs", row.absmax), ("absmax_sqs", row.absmax_sq)):
+        check((tensor is not None) == coded, ValueError, f"{OP}: {name} must be given with 8-bit states, and only then")
+        if tensor is not None:
+            check_dtype(OP, name, tensor, [torch.float32])
+            check(
+                tensor.shape == (blocks,) and tensor.is_contiguous(),
+                ValueError,
+                f"{OP}: {name} must be contiguous of shape [{blocks}], got {list(tensor.shape)}",
+            )
+            check_device(OP, name, tensor, device)
+    for name, tensor in (("state_steps", row.step), ("lr", row.lr)):
+        if tensor is not None:
+            check_dtype(OP, name, tensor, [torch.float32])
+            check_device(OP, name, tensor, device)
+
+
+NARROW = ([torch.bfloat16], [torch.bfloat16, torch.float16])
+
+
+class Table:
+    """The tensors of one step on one device.
+
+    The kernels walk p, grad, m, v, v' and the master element by element in memory order. Tensors that are not laid out
+    alike are copied into the parameter's order; `step` writes the copies back.
+
+    Raises:
+        As `adamw_step`, from the constructor, when nothing has changed.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.device = rows[0].param.device
+        self._copies: list[tuple[Tensor, Tensor]] = []  # original, copy
+        for row in rows:
+            check_row(row, self.device)
+        self.rows = [self._laid_out(row) for row in rows]  # kept alive
+        self._lay()
+        self.moved = bool(self._copies) or any(a.grad is not b.grad for a, b in zip(self.rows, rows, strict=True))
+
+    @classmethod
+    def of_grads(cls, grads: Sequence[Tensor]) -> Table:
+        """A table for `grad_norm` alone."""
+        table = cls.__new__(cls)
+        table.device, table._copies = grads[0].device, []
+        for g in grads:
+            check(g.layout == torch.strided, TypeError, f"adamw_grad_norm: grads must be dense, got {g.layout}")
+            check_dtype("adamw_grad_norm", "grads", g)
+            check_device("adamw_grad_norm", "grads", g, table.device)
+        table.rows = [Row(*[g if g.is_contiguous() else g.contiguous()] * 4, None, g) for g in grads]
+        table._lay()
+        return table
+
+    def _lay(self) -> None:
+        columns = list(zip(*self.rows, strict=True))
+        values = [address for column in columns[:ADDRESSES] for address in map(_native.address, column)]
+        values += [p.numel() for p in columns[0]]
+        values += map(row_format, self.rows)
+        values += columns[ADDRESSES]
+        values += [key or 0 for key in columns[ADDRESSES + 1]]
+        self._values = array("q", values)
+
+    def _laid_out(self, row: Row) -> Row:
+        coded = row.exp_avg.dtype == torch.uint8
+        tensors = {name: getattr(row, name) for name in ("param", "grad", "exp_avg", "exp_avg_sq", "largest", "master")}
+        if all(t is None or t.is_contiguous() for t in tensors.values()):
+            return row
+        # empty_like keeps a dense layout, whatever the order of its dimensions, and else is contiguous; blocks of 8-bit
+        # states are in row-major order.
+        like = torch.empty_like(row.param, memory_format=torch.contiguous_format if coded else torch.preserve_format)
+        for name, t in tensors.items():
+            if t is not None and t.stride() != like.stride():
+                tensors[name] = torch.empty_strided(t.shape, like.stride(), dtype=t.dtype, device=t.device).copy_(t)
+                if name != "grad":
+                    self._copies.append((t, tensors[name]))
+        return row._replace(**tensors)
+
+    def set_grads(self, addresses: list[int]) -> None:
+        """Takes other gradients, contiguous, of the same shapes and dtypes; the caller keeps them alive."""
+        count = len(self.rows)
+        self._values[count : 2 * count] = array("q", addresses)
+
+    def _tensor(self) -> Tensor:
+        return torch.frombuffer(self._values, dtype=torch.int64).view(COLUMNS, -1)
+
+    def grad_norm(self, grad_scale: Tensor | None = None) -> Tensor:
+        """The norm of all gradients: `adamw_grad_norm`."""
+        backend = choose("adamw", self.device)
+        norm = torch.empty((), dtype=torch.float32, device=self.device)
+        table, scale = self._tensor(), _native.address(grad_scale)
+        if backend == "cpu":
+            _native.extension().adamw_grad_norm(
+                table.data_ptr(), len(self.rows), scale, norm.data_ptr(), _native.threads()
+            )
+        elif backend == "cuda":
+            extension = _native.extension()
+            with _native.current_stream(self.device) as stream:
+                table = self._on_device(table)
+                size = extension.cuda_adamw_grad_norm_workspace()
+                workspace = torch.empty(size, dtype=torch.float64, device=self.device)
+                extension.cuda_adamw_grad_norm(
+                    table.data_ptr(), len(self.rows), scale, norm.data_ptr(), workspace.data_ptr(), stream
+                )
+        elif backend == "triton":
+            from fusetune.kernels import adamw as triton_adamw
+
+            triton_adamw.grad_norm(table, self.device, grad_scale, norm)
+        else:
+            from fusetune.ops.adamw import adamw_grad_norm_reference
+
+            norm = adamw_grad_norm_reference([row.grad for row in self.rows], grad_scale)
+        return norm
+
+    def step(
+        self,
+        hypers: Sequence[Sequence[float]],
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        grad_norm: Tensor | None = None,
+        max_grad_norm: float = 0.0,
+    ) -> None:
+        """Steps every tensor of the table.
+
+        Args:
+            hypers: the values of HYPERS for each group.
+            grad_scale, found_inf, grad_norm, max_grad_norm: as in `adamw_step`.
+        """
+        backend = choose("adamw", self.device)
+        if backend == "reference":
+            self._reference(hypers, grad_scale, found_inf, grad_norm, max_grad_norm)
+        else:
+            table, scalars = self._tensor(), torch.tensor(hypers, dtype=torch.float64)
+            options = (*map(_native.address, (grad_scale, found_inf, grad_norm)), max_grad_norm)
+            if backend == "cpu":
+                _native.extension().adamw_step(
+                    table.data_ptr(), len(self.rows), scalars.data_ptr(), *options, _native.threads()
+                )
+            elif backend == "cuda":
+                with _native.current_stream(self.device) as stream:
+                    table, scalars = self._on_device(table), self._on_device(scalars)
+                    workspace = torch.empty(len(self.rows), WORKSPACE, dtype=torch.uint8, device=self.device)
+                    _native.extension().cuda_adamw_step(
+                        *(table.data_ptr(), len(self.rows), scalars.data_ptr(), *options),
+                        *(workspace.data_ptr(), stream),
+                    )
+            else:
+                from fusetune.kernels import adamw as triton_adamw
+
+                triton_adamw.step(table, scalars, self.device, grad_scale, found_inf, grad_norm, max_grad_norm)
+        for original, copy in self._copies:
+            original.copy_(copy)
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        """A copy on the table's device, by pinned memory, so that nothing synchronises."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def _reference(
+        self,
+        hypers: Sequence[Sequence[float]],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        grad_norm: Tensor | None,
+        max_grad_norm: float,
+    ) -> None:
+        from fusetune.ops.adamw import adamw_step_reference
+
+        for row in self.rows:
+            lr, beta1, beta2, eps, weight_decay, maximize = hypers[row.group]
+            lists = (([] if t is None else [t]) for t in (row.master, row.absmax, row.absmax_sq, row.key))
+            adamw_step_reference(
+                *([row.param], [row.grad], [row.exp_avg], [row.exp_avg_sq]),
+                *([] if row.largest is None else [row.largest], [row.step]),
+                lr=lr if row.lr is None else row.lr,
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=weight_decay,
+                eps=eps,
+                amsgrad=row.largest is not None,
+                maximize=bool(maximize),
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+                grad_norm=grad_norm,
+                max_grad_norm=max_grad_norm,
+                **dict(zip(("masters", "absmaxs", "absmax_sqs", "keys"), lists, strict=True)),
+            )
+
+
+WORKSPACE = 64  # bytes of AdamwScalars, rounded up
