@@ -157,10 +157,11 @@ class Table:
                     self._copies.append((t, tensors[name]))
         return row._replace(**tensors)
 
-    def set_grads(self, addresses: list[int]) -> None:
-        """Takes other gradients, contiguous, of the same shapes and dtypes; the caller keeps them alive."""
+    def set_grads(self, addresses: list[int], grads: list[Tensor]) -> None:
+        """Takes other gradients, contiguous, of the same shapes and dtypes."""
         count = len(self.rows)
         self._values[count : 2 * count] = array("q", addresses)
+        self._grads = grads  # kept alive
 
     def _tensor(self) -> Tensor:
         return torch.frombuffer(self._values, dtype=torch.int64).view(COLUMNS, -1)
