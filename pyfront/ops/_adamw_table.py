@@ -46,7 +46,7 @@ def row_format(row: Row) -> int:
     weights = PLAIN
     if row.master is not None:
         weights = SPLIT if row.master.dtype == torch.int16 else MASTER
-    elif row.key is not None and torch.bfloat16 in (row.param.dtype, row.exp_avg.dtype):
+    elif row.key is not None:
         weights = STOCHASTIC
     state = INT8 if row.exp_avg.dtype == torch.uint8 else _native.DTYPES[row.exp_avg.dtype]
     return _native.DTYPES[row.param.dtype] | state << 4 | weights << 8
@@ -58,7 +58,9 @@ def check_row(row: Row, device: torch.device) -> None:
     check_dtype(OP, "params", p)
     check_device(OP, "params", p, device)
     check(
-        grad.layout == torch.strided, TypeError, f"{OP}: grads must be dense, got {grad.layout}; use torch.optim.SparseAdam"
+        grad.layout == torch.strided,
+        TypeError,
+        f"{OP}: grads must be dense, got {grad.layout}; use torch.optim.SparseAdam",
     )
     coded = row.exp_avg.dtype == torch.uint8
     states = [torch.uint8] if coded else sorted({p.dtype, torch.float32, torch.bfloat16}, key=_native.DTYPES.get)
@@ -78,9 +80,17 @@ def check_row(row: Row, device: torch.device) -> None:
                 f"{OP}: {name} must have the parameter's shape {list(p.shape)}, got {list(tensor.shape)}",
             )
             check_device(OP, name, tensor, device)
+    narrow = [torch.bfloat16, torch.float16]
     if row.master is not None:
-        check_dtype(OP, "params with int16 masters" if halves else "params with masters", p, NARROW[0 if halves else 1])
-    check(not (coded and row.largest is not None), NotImplementedError, f"{OP}: amsgrad must be False with 8-bit states")
+        check_dtype(OP, "params of masters", p, narrow[:1] if halves else narrow)
+    if row.key is not None:
+        check_dtype(OP, "params of keys", p, narrow[:1])
+        check(row.master is None, ValueError, f"{OP}: keys must be empty with masters, which round nothing away")
+    check(
+        not coded or row.largest is None,
+        NotImplementedError,
+        f"{OP}: amsgrad must be False with 8-bit states, got True",
+    )
     blocks = -(-p.numel() // 256)
     for name, tensor in (("absmaxs", row.absmax), ("absmax_sqs", row.absmax_sq)):
         check((tensor is not None) == coded, ValueError, f"{OP}: {name} must be given with 8-bit states, and only then")
@@ -96,9 +106,6 @@ def check_row(row: Row, device: torch.device) -> None:
         if tensor is not None:
             check_dtype(OP, name, tensor, [torch.float32])
             check_device(OP, name, tensor, device)
-
-
-NARROW = ([torch.bfloat16], [torch.bfloat16, torch.float16])
 
 
 class Table:
@@ -158,10 +165,10 @@ class Table:
                     self._copies.append((t, tensors[name]))
         return row._replace(**tensors)
 
-    def set_grads(self, addresses: list[int], grads: list[Tensor]) -> None:
+    def set_grads(self, grads: list[Tensor], addresses: array[int]) -> None:
         """Takes other gradients, contiguous, of the same shapes and dtypes."""
         count = len(self.rows)
-        self._values[count : 2 * count] = array("q", addresses)
+        self._values[count : 2 * count] = addresses
         self._grads = grads
 
     def _tensor(self) -> Tensor:

@@ -58,7 +58,8 @@ def adamw_step(
         masters: float32 copies of 16-bit params, from which these are rounded; or int16, the lower halves of the 32
             bits whose upper ones are bfloat16 params. Empty: none.
         absmaxs, absmax_sqs: with codes, float32 [ceil(elements / 256)].
-        keys: integers, one a parameter: what is stored as bfloat16 is rounded stochastically. Empty: to nearest.
+        keys: integers, one a parameter, of bfloat16 params without masters: what of theirs is stored as bfloat16 is
+            rounded stochastically. Empty: to nearest.
 
     Raises:
         TypeError: a dtype other than these, or sparse gradients.
