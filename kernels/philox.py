@@ -1,4 +1,4 @@
-"""Dropout masks of csrc/philox.h, made in registers.
+"""Random bits and dropout masks of csrc/philox.h, made in registers.
 
 A tile of 32, 64 or 128 columns needs 16 counters a row, one for every 2, 4 or 8 of its elements. Triton gives their
 words the layout of the tile that they mask; the 16 neighbouring counters of a group lie so that each thread of a
@@ -20,33 +20,44 @@ def dropped(p: float) -> tuple[int, float]:
 
 
 @triton.jit
-def keep_mask(seed, row_low, row_high, first_col, threshold, COLS: tl.constexpr):
-    """Which elements of a tile dropout keeps: [ROWS, COLS] int1.
+def random_bits(seed, row_low, row_high, group, first, COLS: tl.constexpr):
+    """The generator's 16 bits of each element of a tile: [ROWS, COLS] int32.
 
     Args:
         seed: int64, the value of the op's seed tensor.
-        row_low, row_high: [ROWS] or scalar int32, the halves of the 64-bit row number.
-        first_col: int32, a multiple of COLS.
-        threshold: int32, of 65536 values the number that is dropped.
+        row_low, row_high, group: int32, the halves of the 64-bit row number and the column div 128; [ROWS, 1], or scalars
+            but for one.
+        first: int32, the tile's first column within its group, a multiple of COLS.
         COLS: 32, 64 or 128.
     """
     tl.static_assert(COLS == 32 or COLS == 64 or COLS == 128)
-    ROWS: tl.constexpr = row_low.shape[0]
     lane = tl.arange(0, 16)[None, :]
-    group = first_col // 128
-    w0, w1, w2, w3 = tl.philox(seed, 16 * group + lane, row_low[:, None], row_high, 0, n_rounds=ROUNDS)
+    w0, w1, w2, w3 = tl.philox(seed, 16 * group + lane, row_low, row_high, 0, n_rounds=ROUNDS)
     # Word i holds pieces 2i and 2i + 1; a piece is 16 neighbouring columns.
     if COLS == 128:
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [ROWS, 16, i div 2, i mod 2]
     else:
-        upper = first_col % 128 >= 64
+        upper = first >= 64
         w0, w1 = tl.where(upper, w2, w0), tl.where(upper, w3, w1)
-        words = tl.join(w0, w1) if COLS == 64 else tl.where(first_col % 64 >= 32, w1, w0)
-    kept = tl.join((words & 0xFFFF).to(tl.int32) >= threshold, (words >> 16).to(tl.int32) >= threshold)
+        words = tl.join(w0, w1) if COLS == 64 else tl.where(first % 64 >= 32, w1, w0)
+    bits = tl.join((words & 0xFFFF).to(tl.int32), (words >> 16).to(tl.int32))
     if COLS == 128:
-        kept = tl.permute(kept, 0, 2, 3, 4, 1)
+        bits = tl.permute(bits, 0, 2, 3, 4, 1)
     elif COLS == 64:
-        kept = tl.permute(kept, 0, 2, 3, 1)
+        bits = tl.permute(bits, 0, 2, 3, 1)
     else:
-        kept = tl.permute(kept, 0, 2, 1)
-    return tl.reshape(kept, (ROWS, COLS))
+        bits = tl.permute(bits, 0, 2, 1)
+    return tl.reshape(bits, (w0.shape[0], COLS))
+
+
+@triton.jit
+def keep_mask(seed, row_low, row_high, first_col, threshold, COLS: tl.constexpr):
+    """Which elements of a tile dropout keeps: [ROWS, COLS] int1.
+
+    Args:
+        seed, row_high, COLS: as above.
+        row_low: [ROWS].
+        first_col: int32, a multiple of COLS.
+        threshold: int32, of 65536 values the number that is dropped.
+    """
+    return random_bits(seed, row_low[:, None], row_high, first_col // 128, first_col % 128, COLS) >= threshold
