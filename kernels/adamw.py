@@ -231,12 +231,12 @@ def update_kernel(
                 if WEIGHTS == MASTER:
                     tl.store(wide + i, p, inside)
             if STATE == tl.uint8:
-                codes, largest_m = quantize(tl.where(inside, m, 0.0) if TAIL else m, True)
-                tl.store(exp_avg + i, codes, inside)
-                tl.store(absmax + b, largest_m, begun)
-                codes, largest_v = quantize(tl.where(inside, v, 0.0) if TAIL else v, False)
+                codes, scale = quantize(tl.where(inside, v, 0.0) if TAIL else v, False)
                 tl.store(exp_avg_sq + i, codes, inside)
-                tl.store(absmax_sq + b, largest_v, begun)
+                tl.store(absmax_sq + b, scale, begun)
+                codes, scale = quantize(tl.where(inside, m, 0.0) if TAIL else m, True)
+                tl.store(exp_avg + i, codes, inside)
+                tl.store(absmax + b, scale, begun)
             else:
                 store(exp_avg + i, m, inside, key, step, start, 1, WEIGHTS)
                 store(exp_avg_sq + i, v, inside, key, step, start, 2, WEIGHTS)
