@@ -120,7 +120,7 @@ def store(out, x, inside, key, step, start, KIND: tl.constexpr, WEIGHTS: tl.cons
     STORAGE: tl.constexpr = out.dtype.element_ty
     if STORAGE == tl.bfloat16 and WEIGHTS == STOCHASTIC:
         group = (start // 128 + tl.arange(0, BLOCK // 128)).to(tl.int32)
-        random = tl.reshape(random_bits(key, step, KIND << 24, group[:, None], 0, 128), x.shape)
+        random = tl.reshape(random_bits(key, step, KIND << 24, group[:, None]), x.shape).to(tl.int32)
         upper = tl.where(x == x, (x.to(tl.int32, bitcast=True) + random) >> 16, 0x7FC0)
         x = upper.to(tl.int16).to(tl.bfloat16, bitcast=True)
     tl.store(out, x.to(STORAGE), inside)
