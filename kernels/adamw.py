@@ -5,7 +5,7 @@ The table, its rows in the order of their kinds (format, with or without v', add
 the device in one copy from pinned memory, and nothing synchronizes. A step is one launch for the scalars of all rows,
 bias corrections, clipping and step counts among them, and one for each kind, of which a program takes ITEM elements of
 one tensor, found by a binary search. Divisions and roots are rounded as IEEE 754 has it, and products and sums are not
-contracted, so that results are those of the CPU kernel bit by bit where the scalars are.
+contracted, so that without codes results are those of the CPU kernel bit by bit where the scalars are.
 
 Floor: the contract's bytes over the stream rate.
 """
@@ -30,9 +30,10 @@ LR, BETA1, BETA2, EPS, WEIGHT_DECAY, MAXIMIZE, HYPERS = map(tl.constexpr, range(
 PLAIN, STOCHASTIC, MASTER, SPLIT = map(tl.constexpr, range(4))
 WALKED = [PARAM.value, GRAD.value, EXP_AVG.value, EXP_AVG_SQ.value, MAX_SQ.value, WIDE.value]  # by elements
 # Columns of the scalars, float32 [rows, SCALARS]. FACTOR is that of the gradient: the clipping and the sign.
-(
-    DECAY, BETA1_COMPLEMENT, KEPT_BETA2, BETA2_COMPLEMENT, SQRT_BIAS2, INVERSE_SQRT_BIAS2, ADDED, STEP_SIZE, FACTOR, SCALARS
-) = map(tl.constexpr, range(10))  # fmt: skip
+DECAY, BETA1_COMPLEMENT, KEPT_BETA2, BETA2_COMPLEMENT, SQRT_BIAS2, INVERSE_SQRT_BIAS2, ADDED, STEP_SIZE, FACTOR = map(
+    tl.constexpr, range(9)
+)
+SCALARS = tl.constexpr(9)
 DTYPES = (tl.float32, tl.bfloat16, tl.float16, tl.uint8)  # by the code in a format
 
 SCALAR_ROWS = 128
@@ -87,15 +88,15 @@ def scalars_kernel(table, rows, hypers, scalars, found_inf, grad_norm, max_grad_
     tl.store(out + STEP_SIZE, (-lr / bias1).to(tl.float32), inside)
     tl.store(out + FACTOR, factor, inside)
     if found_inf is not None:
-        inside &= tl.load(found_inf) == 0
-    tl.store(count, step, inside)
+        rows = tl.where(tl.load(found_inf) != 0, 0, rows)
+    tl.store(count, step, r < rows)
 
 
 @triton.jit
 def find_item(table, rows, first_item, first_row, end_row):
     """This program's item: its number, its row, and the first and the last element + 1 of the row that are its.
 
-    first_item [rows] numbers the items of the rows, and the programs of a launch take those of rows first_row to end_row.
+    first_item [rows] numbers the items of the rows, and a launch's programs take those of rows first_row to end_row.
     """
     item = tl.load(first_item + first_row) + tl.program_id(0)
     low, high = first_row, end_row  # the row whose items include this one
@@ -135,17 +136,18 @@ def quantize(x, SIGNED: tl.constexpr):
     inverse = tl.div_rn(1.0, tl.where(absmax == 0, 1.0, absmax * lift))
     y = tl.abs(x * lift[:, None] * inverse[:, None])
 
-    # In a decade of c codes, of which the first is the c-th of its sign, the middles of neighbours are where
-    # c + (y / 10^(d-6) - 0.1) c / 0.9 is whole, and that to the decade below is 10^(d-7) (1 + 1.8 / c).
+    # Between 10^(d-7) and 10^(d-6) are c codes, the c-th of their sign and on, of which each stands for the middle of a
+    # c-th of the range; so y is in that of code c + (10^(6-d) y - 0.1) c / 0.9, rounded down. The first one's has its
+    # lower 1.8 / 9 nearer to the code below.
     FIRST: tl.constexpr = 1 if SIGNED else 2
-    some = y >= 0.5e-6 * (0.1 + 0.45 / FIRST)
-    slope = tl.where(some, FIRST / 0.9e-6, 0.0)
-    c = tl.where(some, 1.0 * FIRST, 0.5)
+    zero = y < 0.5e-6 * (0.1 + 0.45 / FIRST)
+    power = tl.where(zero, 0.0, 1e6)
+    c = tl.where(zero, 0.5, 1.0 * FIRST)
     for d in tl.static_range(1, 7):
         above = y >= 10.0 ** (d - 7) * (1 + 1.8 / (FIRST * 2.0**d))
-        slope = tl.where(above, FIRST * 2.0**d / (0.9 * 10.0 ** (d - 6)), slope)
+        power = tl.where(above, 10.0 ** (6 - d), power)
         c = tl.where(above, FIRST * 2.0**d, c)
-    n = tl.minimum(tl.fma(y, slope, c * (8 / 9)), 2 * c - 0.5).to(tl.int32)
+    n = c.to(tl.int32) + tl.minimum((y * power - 0.1) * (1 / 0.9) * c, c - 0.5).to(tl.int32)
     n = tl.where(y >= 1 - 0.225 / (FIRST * 64), FIRST * 128, n)
     code = tl.where(x < 0, 127 - n, 127 + n) if SIGNED else n - 1
     return tl.maximum(code, 0).to(tl.uint8), absmax  # there is no code of -1, and none of 0 but the first without sign

@@ -26,8 +26,8 @@ def random_words(seed, row_low, row_high, group, first, COLS: tl.constexpr):
 
     Args:
         seed: int64, the value of the op's seed tensor.
-        row_low, row_high, group: int32, the halves of the 64-bit row number and the column div 128; [ROWS, 1], or scalars
-            but for one.
+        row_low, row_high, group: int32, the halves of the 64-bit row number and the column div 128; scalars, or
+            [ROWS, 1], which one is at least.
         first: int32, the tile's first column within its group, a multiple of COLS.
         COLS: 32, 64 or 128.
     """
