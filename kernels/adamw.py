@@ -150,7 +150,7 @@ def quantize(x, SIGNED: tl.constexpr):
     n = c.to(tl.int32) + tl.minimum((y * power - 0.1) * (1 / 0.9) * c, c - 0.5).to(tl.int32)
     n = tl.where(y >= 1 - 0.225 / (FIRST * 64), FIRST * 128, n)
     code = tl.where(x < 0, 127 - n, 127 + n) if SIGNED else n - 1
-    return tl.maximum(code, 0).to(tl.uint8), absmax  # there is no code of -1, and none of 0 but the first without sign
+    return tl.maximum(code, 0).to(tl.uint8), absmax  # -1 has no code; unsigned, n of 0 is 0
 
 
 @triton.jit(do_not_specialize=["rows", "first_row", "end_row"])
