@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from fusetune.ops import adamw_step
+from fusetune.ops._adamw_table import Row
 
 FP32, BF16, FP16, INT8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
 DTYPES = [FP32, BF16, FP16]
@@ -14,6 +15,7 @@ SIZES = [0, 1, 15, 16, 17, 255, 256, 257, 4095, 4096, 4097]
 LARGE = [16383, 16384, 16385, 70001]
 BLOCK = 256  # elements of 8-bit states that share an absmax
 U = torch.finfo(FP32).eps / 2  # half a unit in the last place, relative to the value
+COLUMNS = ("p", "g", "m", "v", "largest", "step", "master", "absmax", "absmax_sq")
 HYPERS = {"lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 
 OPTIONS = {
@@ -90,16 +92,18 @@ def random_row(form, shape, device="cpu", t=3):
     return {name: x.to(device) for name, x in row.items()}
 
 
+def table_row(row, **more):
+    """The Row of such a row."""
+    return Row(*map(row.get, COLUMNS), **more)
+
+
 def copied(row):
     return {name: x.clone() for name, x in row.items()}
 
 
 def step_rows(rows, amsgrad=False, **options):
     """adamw_step of rows, as `random_row` makes them, with HYPERS but for the options."""
-    columns = {
-        name: [row[name] for row in rows if name in row]
-        for name in ("p", "g", "m", "v", "largest", "step", "master", "absmax", "absmax_sq")
-    }
+    columns = {name: [row[name] for row in rows if name in row] for name in COLUMNS}
     largest = columns["largest"] if amsgrad else []
     adamw_step(
         *(columns[name] for name in "pgmv"),

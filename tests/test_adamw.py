@@ -30,11 +30,12 @@ from steps import (
     one_step,
     random_row,
     step_rows,
+    table_row,
     train,
 )
 
 from fusetune.ops import adamw_step, adamw_step_reference
-from fusetune.ops._adamw_table import Row, Table
+from fusetune.ops._adamw_table import Table
 from fusetune.optim.adamw import AdamW
 
 OP = "adamw"
@@ -513,7 +514,7 @@ NAMES = {
 def test_tensors_on_another_device_raise(field):
     """Of the table: a call with a tensor on the meta device is traced, and computes nothing."""
     row = random_row(MASTER[2 if field.startswith("absmax") else 0], 5)
-    row = Row(*map(row.get, ("p", "g", "m", "v", "largest", "step", "master", "absmax", "absmax_sq")), torch.zeros(()))
+    row = table_row(row, lr=torch.zeros(()))
     wrong = row._replace(**{field: getattr(row, field).to("meta")})
     with pytest.raises(ValueError, match=f"adamw_step: {NAMES[field]} must be on cpu, got meta"):
         Table([row, wrong])
