@@ -86,7 +86,8 @@ enum AdamwHyper { kLearningRate, kBeta1, kBeta2, kEps, kWeightDecay, kMaximize, 
 
 // What a step of one tensor multiplies by: computed in double, rounded once.
 struct alignas(64) AdamwScalars {
-  float decay, lerp, beta2, beta2_complement, sqrt_bias2, inverse_sqrt_bias2, eps, negative_step_size, sign, grad_scale, clip;
+  float decay, lerp, beta2, beta2_complement, sqrt_bias2, inverse_sqrt_bias2, eps, negative_step_size, sign, grad_scale,
+      clip;
   bool lerp_from_grad;  // the nearer end of the interpolation
 };
 
