@@ -452,8 +452,8 @@ def test_a_v_that_overflows_is_left_out_of_its_block(backend):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.usefixtures("cpu_backend")
 def test_bitsandbytes_step_from_the_same_state(bnb, dtype):
-    """p within its float32 roundings. Codes but where a midpoint is within what bitsandbytes' CPU kernel rounds values to
-    before it looks them up, 65536 parts of [-1, 1]."""
+    """p within its float32 roundings. Codes but where a midpoint is within what bitsandbytes' CPU kernel rounds values
+    to before it looks them up, 65536 parts of [-1, 1]."""
     n = 4097
     theirs = random_row(Format(dtype, INT8), n, t=1)
     theirs["m"].fill_(127)
@@ -522,7 +522,7 @@ def memory_available():
 @pytest.mark.skipif(os.environ.get("FUSETUNE_TEST_HUGE") != "1", reason="FUSETUNE_TEST_HUGE=1 runs it, in 16 GB")
 @pytest.mark.parametrize("form", [Format(BF16, INT8), STOCHASTIC[2]], ids=str)
 def test_more_than_2_31_elements(form):
-    """Whole blocks at the start, on either side of element 2^31, and the last elements, step as they do by themselves."""
+    """Blocks at the start, on either side of element 2^31, and the last elements, step as they do by themselves."""
     if memory_available() < 16:
         pytest.skip(f"needs 16 GB of memory, and {memory_available():.0f} are free")
     n = 2**31 + 3 * BLOCK + 5

@@ -46,7 +46,7 @@ def row_format(row: Row) -> int:
     weights = PLAIN
     if row.master is not None:
         weights = SPLIT if row.master.dtype == torch.int16 else MASTER
-    elif row.key is not None and torch.bfloat16 in (row.param.dtype, row.exp_avg.dtype):
+    elif row.key is not None and row.param.dtype == torch.bfloat16:
         weights = STOCHASTIC
     state = INT8 if row.exp_avg.dtype == torch.uint8 else _native.DTYPES[row.exp_avg.dtype]
     return _native.DTYPES[row.param.dtype] | state << 4 | weights << 8
@@ -58,7 +58,9 @@ def check_row(row: Row, device: torch.device) -> None:
     check_dtype(OP, "params", p)
     check_device(OP, "params", p, device)
     check(
-        grad.layout == torch.strided, TypeError, f"{OP}: grads must be dense, got {grad.layout}; use torch.optim.SparseAdam"
+        grad.layout == torch.strided,
+        TypeError,
+        f"{OP}: grads must be dense, got {grad.layout}; use torch.optim.SparseAdam",
     )
     coded = row.exp_avg.dtype == torch.uint8
     states = [torch.uint8] if coded else sorted({p.dtype, torch.float32, torch.bfloat16}, key=_native.DTYPES.get)
@@ -80,7 +82,9 @@ def check_row(row: Row, device: torch.device) -> None:
             check_device(OP, name, tensor, device)
     if row.master is not None:
         check_dtype(OP, "params with int16 masters" if halves else "params with masters", p, NARROW[0 if halves else 1])
-    check(not (coded and row.largest is not None), NotImplementedError, f"{OP}: amsgrad must be False with 8-bit states")
+    check(
+        not (coded and row.largest is not None), NotImplementedError, f"{OP}: amsgrad must be False with 8-bit states"
+    )
     blocks = -(-p.numel() // 256)
     for name, tensor in (("absmaxs", row.absmax), ("absmax_sqs", row.absmax_sq)):
         check((tensor is not None) == coded, ValueError, f"{OP}: {name} must be given with 8-bit states, and only then")
@@ -104,8 +108,8 @@ NARROW = ([torch.bfloat16], [torch.bfloat16, torch.float16])
 class Table:
     """The tensors of one step on one device.
 
-    It keeps its tensors alive. The kernels walk p, grad, m, v, v' and the master element by element in memory order. Tensors that are not laid out
-    alike are copied into the parameter's order; `step` writes the copies back.
+    It keeps its tensors alive. The kernels walk p, grad, m, v, v' and the master element by element in memory order.
+    Tensors that are not laid out alike are copied into the parameter's order; `step` writes the copies back.
 
     Raises:
         As `adamw_step`, from the constructor, when nothing has changed.
