@@ -220,8 +220,8 @@ def assert_within(name, got, exact, error, stochastic=False):
 
 
 def assert_codes(row, name, exact, error):
-    """absmax is the blocks' largest, and codes the nearest; where a value is as near to a midpoint as its error, and
-    8 roundings of the division and the map, either of two."""
+    """absmax is the blocks' largest, and codes the nearest; where a value is as near to a midpoint as its error and the
+    roundings of the code, either of two."""
     absmax = row["absmax" if name == "m" else "absmax_sq"]
     if not len(absmax):
         return
@@ -231,11 +231,18 @@ def assert_codes(row, name, exact, error):
     )
     assert ((absmax.double() - largest).abs() <= 1.001 * slack).all(), f"absmax of {name}"
     scale = spread(absmax, exact).double()
-    scaled, slack = exact / scale, 1.001 * error / scale + 8 * U * (exact / scale).abs()
+    scaled, slack = exact / scale, 1.001 * error / scale + code_rounding(exact / scale)
     low, high = (nearest_code(x, signed=name == "m") for x in (scaled - slack, scaled + slack))
     wrong = ((row[name] < low) | (row[name] > high)).sum().item()
     assert wrong == 0, f"{name} of size {exact.numel()}: {wrong} codes are not the nearest"
     assert (low < high).double().mean() < 0.01, "the bound is too wide to tell codes apart"
+
+
+def code_rounding(scaled):
+    """How far a code's number, slope x + offset, may be off, in x: it goes from n to 2 n while x goes from a tenth of
+    the decade's top to that, with an offset of 8 n / 9. Roundings of the slope and of x, by a reciprocal, are 3 u x, of
+    the offset 0.8 u top, and of the sum 1.8 u top."""
+    return 6 * U * 10.0 ** scaled.abs().clamp(min=1e-7).log10().ceil()
 
 
 def nearest_code(scaled, *, signed):
