@@ -131,8 +131,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("odd", ["p", "g", "v", "master", "all"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("form", [form for form in FORMATS if form.weights != "stochastic"], ids=str)
-def test_layouts_step_as_contiguous_tensors_do(backend, form, layout, odd):
-    plain = random_row(form, (4, 6, 5, 3), backend.device)
+def test_layouts_step_as_contiguous_tensors_do(device, form, layout, odd):
+    plain = random_row(form, (4, 6, 5, 3), device)
     if odd != "all" and odd not in plain:
         pytest.skip(f"the format has no {odd}")
     others = {name: layout(x) if x.dim() == 4 and odd in (name, "all") else x.clone() for name, x in plain.items()}
