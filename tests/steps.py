@@ -38,6 +38,13 @@ class Format(NamedTuple):
     state: torch.dtype  # INT8: codes
     weights: str = "plain"  # or stochastic, master, split
 
+    @property
+    def rounded_to(self):
+        """The dtypes of what is rounded to nearest."""
+        if self.weights == "stochastic":
+            return ()
+        return (self.state,) if self.weights == "split" else (self.param, self.state)
+
     def __str__(self):
         dtypes = ["int8" if dtype == INT8 else str(dtype).removeprefix("torch.") for dtype in self[:2]]
         return "-".join([*dtypes, self.weights])
