@@ -17,6 +17,7 @@ from steps import (
     MASTER,
     PLAIN,
     SIZES,
+    SPLIT,
     STOCHASTIC,
     Format,
     assert_codes,
@@ -67,7 +68,7 @@ def test_one_step_of_unaligned_tensors(backend, form):
 @forms
 @pytest.mark.large
 def test_one_step_of_many_work_items(backend, form):
-    one_step(backend.device, form, LARGE)
+    one_step(backend.device, form, [16383, 16385, 33001])
 
 
 @pytest.mark.parametrize(
@@ -130,11 +131,10 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("odd", ["p", "g", "v", "master", "all"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("form", [form for form in FORMATS if form.weights != "stochastic"], ids=str)
+@pytest.mark.parametrize("form", [PLAIN[2], PLAIN[3], *MASTER[1:3], *SPLIT], ids=str)
 def test_layouts_step_as_contiguous_tensors_do(device, form, layout, odd):
     plain = random_row(form, (4, 6, 5, 3), device)
-    if odd != "all" and odd not in plain:
-        pytest.skip(f"the format has no {odd}")
+    odd = odd if odd in plain else "all"
     others = {name: layout(x) if x.dim() == 4 and odd in (name, "all") else x.clone() for name, x in plain.items()}
     strides = {name: x.stride() for name, x in others.items()}
     step_rows([plain])
@@ -218,7 +218,7 @@ def walking_row(form, p, device, t=3):
 
 
 @stochastic_forms
-@pytest.mark.parametrize("size", [1, 15, 127, 128, 129, 4097, pytest.param(70001, marks=pytest.mark.large)])
+@pytest.mark.parametrize("size", [1, 15, 127, 128, 129, 4097, pytest.param(33001, marks=pytest.mark.large)])
 def test_parameters_are_rounded_by_the_documented_bits(backend, form, size):
     rows = [walking_row(form, torch.randn(size).to(BF16), backend.device, t) for t in (1, 2, 100_000)]
     keys = [0, 2**63 - 1, 0x123456789ABCDEF]
@@ -229,7 +229,7 @@ def test_parameters_are_rounded_by_the_documented_bits(backend, form, size):
         assert torch.equal(row["p"], rounded(x, key, 0, int(row["step"])))
 
 
-@pytest.mark.parametrize("size", [1, 15, 127, 128, 129, 4097, pytest.param(70001, marks=pytest.mark.large)])
+@pytest.mark.parametrize("size", [1, 15, 127, 128, 129, 4097, pytest.param(33001, marks=pytest.mark.large)])
 @pytest.mark.parametrize("form", [STOCHASTIC[1]], ids=str)
 def test_moments_are_rounded_by_bits_of_their_own(backend, form, size):
     """With beta = 1/2, (g + m) / 2 and (g^2 + v) / 2 of 8 bits each are exact in float32."""
@@ -536,19 +536,16 @@ def test_more_than_2_31_elements(form):
     for window in windows:
         for name in "pg":
             row[name][window] = torch.randn_like(row[name][window])
-    g, squares = row["g"], sum(row["g"][window].double().square().sum() for window in windows)
+    squares = sum(row["g"][window].double().square().sum() for window in windows)
     others = n - sum(row["g"][window].numel() for window in windows)
     norm = (squares + others * 2.0**-20).sqrt().item()
-    assert adamw_grad_norm([g]).item() == pytest.approx(norm, rel=torch.finfo(FP32).eps)
+    assert adamw_grad_norm([row["g"]]).item() == pytest.approx(norm, rel=torch.finfo(FP32).eps)
 
     alone = []
     for window in windows:
         blocks = slice(window.start // BLOCK, -(-window.stop // BLOCK))
-        part = {name: row[name][window].clone() for name in "pgmv"}
-        part |= {name: row[name][blocks].clone() for name in ("absmax", "absmax_sq")}
-        alone.append((part, blocks) if form.weights == "plain" else (part | {"step": row["step"].clone()}, blocks))
-    for part, _ in alone:
-        part["step"] = row["step"].clone()
+        part = {name: row[name][window].clone() for name in "pgmv"} | {"step": row["step"].clone()}
+        alone.append((part | {name: row[name][blocks].clone() for name in ("absmax", "absmax_sq")}, blocks))
     keys = [3] if form.weights == "stochastic" else []
     step_rows([row], keys=keys)
     for window, (part, blocks) in zip(windows, alone, strict=True):
