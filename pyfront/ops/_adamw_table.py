@@ -82,9 +82,11 @@ def check_row(row: Row, device: torch.device) -> None:
             check_device(OP, name, tensor, device)
     narrow = [torch.bfloat16, torch.float16]
     if row.master is not None:
-        check_dtype(OP, "params of masters", p, narrow[:1] if halves else narrow)
+        check_dtype(
+            OP, "params with int16 masters" if halves else "params with masters", p, narrow[:1] if halves else narrow
+        )
     if row.key is not None:
-        check_dtype(OP, "params of keys", p, narrow[:1])
+        check_dtype(OP, "params with keys", p, narrow[:1])
         check(row.master is None, ValueError, f"{OP}: keys must be empty with masters, which round nothing away")
     check(
         not coded or row.largest is None,
@@ -103,16 +105,22 @@ def check_row(row: Row, device: torch.device) -> None:
             )
             check_device(OP, name, tensor, device)
     for name, tensor in (("state_steps", row.step), ("lr", row.lr)):
-        if tensor is not None:
-            check_dtype(OP, name, tensor, [torch.float32])
-            check_device(OP, name, tensor, device)
+        check_scalar(OP, name, tensor, device)
+
+
+def check_scalar(op: str, name: str, tensor: Tensor | None, device: torch.device) -> None:
+    """Of a float32 number that a kernel reads where it is."""
+    if tensor is not None:
+        check_dtype(op, name, tensor, [torch.float32])
+        check(tensor.numel() == 1, ValueError, f"{op}: {name} must have one element, got {tensor.numel()}")
+        check_device(op, name, tensor, device)
 
 
 class Table:
     """The tensors of one step on one device.
 
-    It keeps its tensors alive. The kernels walk p, grad, m, v, v' and the master element by element in memory order. Tensors that are not laid out
-    alike are copied into the parameter's order; `step` writes the copies back.
+    It keeps its tensors alive. The kernels walk p, grad, m, v, v' and the master element by element in memory order.
+    Tensors that are not laid out alike are copied into the parameter's order; `step` writes the copies back.
 
     Raises:
         As `adamw_step`, from the constructor, when nothing has changed.
@@ -176,6 +184,7 @@ class Table:
 
     def grad_norm(self, grad_scale: Tensor | None = None) -> Tensor:
         """The norm of all gradients: `adamw_grad_norm`."""
+        check_scalar("adamw_grad_norm", "grad_scale", grad_scale, self.device)
         backend = choose("adamw", self.device)
         norm = torch.empty((), dtype=torch.float32, device=self.device)
         table, scale = self._tensor(), _native.address(grad_scale)
@@ -216,6 +225,8 @@ class Table:
             hypers: the values of HYPERS for each group.
             grad_scale, found_inf, grad_norm, max_grad_norm: as in `adamw_step`.
         """
+        for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf), ("grad_norm", grad_norm)):
+            check_scalar(OP, name, scalar, self.device)
         backend = choose("adamw", self.device)
         if backend == "reference":
             self._reference(hypers, grad_scale, found_inf, grad_norm, max_grad_norm)
