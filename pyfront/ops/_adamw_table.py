@@ -144,7 +144,8 @@ class Table:
             check(g.layout == torch.strided, TypeError, f"adamw_grad_norm: grads must be dense, got {g.layout}")
             check_dtype("adamw_grad_norm", "grads", g)
             check_device("adamw_grad_norm", "grads", g, table.device)
-        table.rows = [Row(*[g if g.is_contiguous() else g.contiguous()] * 4, None, g) for g in grads]
+        dense = [g.contiguous() for g in grads]
+        table.rows = [Row(g, g, g, g, None, g) for g in dense]
         table._lay()
         return table
 
