@@ -53,7 +53,7 @@ def like(p: Any, t: Tensor) -> Tensor:
     if not is_dtensor(p):
         return t
     placing = {"run_check": False, "shape": p.shape, "stride": p.stride()}
-    return type(p.detach()).from_local(t, p.device_mesh, p.placements, **placing)  # type: ignore[attr-defined]
+    return type(p.detach()).from_local(t, p.device_mesh, p.placements, **placing)  # type: ignore[no-any-return]
 
 
 def combined_norm(norms: Iterable[tuple[Layout, Tensor]]) -> Tensor:

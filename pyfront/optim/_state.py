@@ -112,13 +112,8 @@ def complete(have: Mapping[str, Any], p: Any, form: Form, number: int) -> Mappin
     """`have` itself where it is all that the state of p, the parameter of this number, must be, else a new dict."""
     m, v = form.moments(p)
     dtype = form.dtype(p)
-    names = [
-        "step",
-        m,
-        v,
-        *(["max_exp_avg_sq"] if form.amsgrad else []),
-        *([form.master_name] * bool(form.master_name)),
-    ]
+    optional = ("max_exp_avg_sq" if form.amsgrad else "", form.master_name)
+    names = ["step", m, v, *filter(None, optional)]
     if dtype == torch.uint8:
         names += ["qmap1", "qmap2", "absmax1", "absmax2"]
     step = have.get("step")
@@ -226,9 +221,7 @@ def _moment(saved: Mapping[str, Any], number: int, p: Any, form: Form, where: st
     blocks = -(-p.numel() // BLOCK)
     if x.dtype == torch.uint8:
         for other in (absmax_name, map_name):
-            check(
-                other in saved, ValueError, f"AdamW: {name} of {where} must come with {other}, got {', '.join(saved)}"
-            )
+            check(other in saved, ValueError, f"AdamW: {other} must be given with 8-bit {name} of {where}, got none")
         x, absmax, values = (t.to(p.device) for t in (x, saved[absmax_name], saved[map_name]))
         if dtype == torch.uint8 and absmax.numel() == blocks and torch.equal(values, _map(signed, p.device)):
             absmax = absmax.to(torch.float32, copy=True, memory_format=torch.contiguous_format).view(-1)
@@ -329,3 +322,13 @@ def _with_options(here: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str
         group["rounding_seed"] = saved["rounding_seed"]
     check_options({**group, "params": here["params"]})
     return group
+
+
+def saved_form(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """`state_dict` with step counts that are numbers where states have bitsandbytes' names: it would round a tensor to
+    the parameter's dtype."""
+    states = {
+        index: {**state, "step": int(state["step"])} if "state1" in state else state
+        for index, state in state_dict["state"].items()
+    }
+    return {**state_dict, "state": states}

@@ -161,6 +161,10 @@ class AdamW(torch.optim.AdamW):
             table.step(hypers, *scalars, max_grad_norm)
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; with state_dtype="int8" as bitsandbytes' AdamW8bit has it, which loads it."""
+        return _state.saved_form(super().state_dict())
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads the state of this optimizer, of torch.optim.AdamW in any form, of apex's FusedAdam, DeepSpeed's
         CPUAdam or bitsandbytes' AdamW. Devices and dtypes become those of the parameters and options here.
