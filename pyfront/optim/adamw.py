@@ -223,6 +223,7 @@ class _Tables:
             len(self.tables) == 1
             and not self.tables[0].moved
             and next(iter(rows)).mesh is None
+            and all(isinstance(x, Tensor) for state in self._states for x in state.values())
             and all(lr.dtype is torch.float32 for lr in self._lrs)  # what else a kernel reads is a copy
             and all(grad.dtype is p.dtype for p, grad in present)
         )
