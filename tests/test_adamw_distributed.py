@@ -181,8 +181,8 @@ def norms_are_torchs(mesh):
             dist.all_gather(same, optimizer.grad_norm)
             assert same[0] == same[1]
         for p, q in zip(ours, theirs, strict=True):
-            # Gradients and norms of `dtype` are rounded there, and m and v are of them: of each step's size, lr max|g| / rms(g)
-            # <= 3^(1/2) lr, less than 10 roundings may differ.
+            # Gradients and norms of `dtype` are rounded there, and m and v are of them: of each step's size,
+            # lr max|g| / rms(g) <= 3^(1/2) lr, less than 10 roundings may differ.
             eps = torch.finfo(dtype).eps
             torch.testing.assert_close(p.full_tensor(), q.full_tensor(), rtol=4 * eps, atol=3 * 0.01 * 10 * eps)
 

@@ -125,6 +125,7 @@ def complete(have: Mapping[str, Any], p: Any, form: Form, number: int) -> Mappin
     if m not in have or v not in have:
         state = {name: x for name, x in have.items() if name not in _NAMED}
         state |= convert(have, p, form, f"parameter {number}")
+    dtype = state[v].dtype if v in state else dtype  # max_exp_avg_sq has that
     new = {name: _new(name, p, dtype, state) for name in names if name not in state}
     state = {name: x for name, x in state.items() if name == form.master_name or name not in ("master", "param_lo")}
     state |= new

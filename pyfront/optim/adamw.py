@@ -159,6 +159,8 @@ class AdamW(torch.optim.AdamW):
         for table in tables.tables:
             scalars = (None if t is None else t.to(table.device) for t in (grad_scale, found_inf, norm))
             table.step(hypers, *scalars, max_grad_norm)
+        if not tables.forget_grads():
+            del self._tables
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -265,6 +267,12 @@ class _Tables:
     def _read_addresses(self, optimizer: AdamW) -> list[int]:
         values = chain.from_iterable(map(dict.values, self._states))
         return [*map(Tensor.data_ptr, self._tensors), *map(Tensor.data_ptr, values)]
+
+    def forget_grads(self) -> bool:
+        """Keeps gradients alive no longer, so that zero_grad frees them; whether the tables may be taken again."""
+        for table in self.tables:
+            table.forget_grads()
+        return self._kept
 
     @staticmethod
     def _read_groups(optimizer: AdamW) -> list[tuple[_state.Form, int]]:
