@@ -29,7 +29,8 @@ class AdamW(torch.optim.AdamW):
     GradScaler's scale is taken inside the kernel, and gradients are left as they are, scaled and unclipped.
 
     Args:
-        params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused: as in torch.
+        params, lr, betas, eps, weight_decay, amsgrad: as in torch, and so maximize, foreach, capturable, differentiable,
+            fused.
         max_grad_norm: clips the gradients of all groups together to this 2-norm, as torch.nn.utils.clip_grad_norm_
             does, inside the step. After a step `grad_norm` is the norm before clipping, a 0-dimensional tensor on the
             parameters' device. None or 0: neither.
