@@ -75,7 +75,7 @@ enum AdamwColumn {
 enum AdamwWeights { kPlain, kStochastic, kMaster, kSplit };
 constexpr int kInt8 = 3;  // a state "dtype" beside those of dtype.h
 constexpr int kQuantBlock = 256;
-constexpr int adamw_format(int param_dtype, int state_dtype, int weights) {
+FUSETUNE_HOST_DEVICE constexpr int adamw_format(int param_dtype, int state_dtype, int weights) {
   return param_dtype | state_dtype << 4 | weights << 8;
 }
 // Those that there are: p of any dtype with m and v of its own, float32, bfloat16 or 8 bits; kMaster with p of 16 bits;
@@ -86,7 +86,8 @@ enum AdamwHyper { kLearningRate, kBeta1, kBeta2, kEps, kWeightDecay, kMaximize, 
 
 // What a step of one tensor multiplies by: computed in double, rounded once.
 struct alignas(64) AdamwScalars {
-  float decay, lerp, beta2, beta2_complement, sqrt_bias2, inverse_sqrt_bias2, eps, negative_step_size, sign, grad_scale, clip;
+  float decay, lerp, beta2, beta2_complement, sqrt_bias2, inverse_sqrt_bias2, eps, negative_step_size, sign, grad_scale,
+      clip;
   bool lerp_from_grad;  // the nearer end of the interpolation
 };
 
