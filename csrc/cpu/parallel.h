@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 #include "dispatch.h"
@@ -44,10 +45,40 @@ struct Phase {
 template <class Body>
 Phase(int64_t, Body) -> Phase<Body>;
 
+// Work items 0 .. count-1, of which thread t of T first takes those from first_of(t, T) on, in order, so that a thread
+// meets the same memory in call after call, and then what the next threads have left. An item owns what it writes.
+template <class FirstOf, class Body>
+struct Shares {
+  int64_t count;
+  FirstOf first_of;  // first_of(0, T) is 0, first_of(T, T) is count
+  Body body;
+  static constexpr int kMost = 1024, kApart = 8;  // threads, and 64 bytes between their counters
+  const Buffer<int64_t> taken{kMost * kApart};
+
+  Shares(int64_t count, FirstOf first_of, Body body) : count(count), first_of(first_of), body(body) {
+    memset(taken.p, 0, kMost * kApart * sizeof(int64_t));
+  }
+  void run(float* scratch) {
+    const int threads = omp_get_num_threads(), mine = omp_get_thread_num();
+    for (int i = 0; i < threads; i++) {
+      const int share = (mine + i) % threads;
+      const int64_t begin = first_of(share, threads), end = first_of(share + 1, threads);
+      for (;;) {
+        int64_t item;
+        int64_t& next = taken[share * kApart];
+#pragma omp atomic capture
+        item = next++;
+        if (begin + item >= end) break;
+        body(begin + item, scratch);
+      }
+    }
+  }
+};
+
 // Runs the phases one after another, each finished before the next begins. Scratch is `scratch_floats` floats of the
 // thread's own, 64-byte aligned, with one vector readable past the end. The team may be smaller than `threads`.
-template <class... Body>
-static void parallel(int threads, int64_t scratch_floats, Phase<Body>... phases) {
+template <class... Phases>
+static void parallel(int threads, int64_t scratch_floats, Phases&&... phases) {
   const int64_t items = (0 + ... + phases.count);
   if (items == 0) return;
   if (threads > items) threads = (int)items;

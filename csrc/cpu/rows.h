@@ -49,10 +49,61 @@ FUSETUNE_INLINE const void* at(const void* p, int dtype, int64_t element) {
 }
 FUSETUNE_INLINE void* at(void* p, int dtype, int64_t element) { return (char*)p + element * size_of(dtype); }
 
-// A dropout mask as in ../philox.h, made for 128 columns at a time: a row of it is 64 pairs, of which pair 16 i + l has
-// column 32 i + l in its lower half and column 32 i + 16 + l in its upper one, all ones where kept and 0 where dropped.
+// The pieces of ../philox.h, made for 128 columns at a time: a row of them is 64 pairs, of which pair 16 i + l has the
+// piece of column 32 i + l in its lower half and that of column 32 i + 16 + l in its upper one.
 constexpr int kMaskPairs = kMaskGroup / 2;
 
+// What the lanes bring to the generator's state after two rounds.
+struct LaneRounds {
+  u64v c0, c1, c2;
+
+  FUSETUNE_INLINE LaneRounds of(u64v counter, uint32_t k1) {
+    const u64v p0 = multiply_low_words(counter, kPhiloxM0);
+    const u64v p1 = multiply_low_words((p0 >> 32) ^ k1, kPhiloxM1);
+    return {p1 >> 32, p1, p0};
+  }
+};
+FUSETUNE_INLINE void philox_round(u64v (&c)[4], uint32_t k0, uint32_t k1) {
+  const u64v p0 = multiply_low_words(c[0], kPhiloxM0), p1 = multiply_low_words(c[2], kPhiloxM1);
+  c[0] = (p1 >> 32) ^ c[1] ^ k0;
+  c[2] = (p0 >> 32) ^ c[3] ^ k1;
+  c[1] = p1;
+  c[3] = p0;
+}
+
+// pairs[rows, 64] = finish(pieces) of the rows from row0 and the columns from 128 group.
+//
+// A counter is (lane, low row, high row, 0), so that the products of Philox's first two rounds depend either on the
+// lane or on the row alone: only the other rounds are computed for each element.
+template <class Finish>
+FUSETUNE_INLINE void philox_pairs(uint64_t seed, uint64_t row0, int64_t rows, int64_t group, uint32_t* pairs,
+                                  Finish finish) {
+  const uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+  for (int lane = 0; lane < 16; lane += W) {
+    // Counters lane .. lane + W: the even ones and the odd ones, each in the lower half of a 64-bit lane, where the
+    // multiplier wants it. The upper halves are never read.
+    const u32v counter = (u32v)(lane_index() + (int32_t)(16 * group + lane));
+    const LaneRounds even = LaneRounds::of((u64v)counter, k1), odd = LaneRounds::of((u64v)counter >> 32, k1);
+    for (int64_t r = 0; r < rows; r++) {
+      const uint64_t row = row0 + r, high = (row >> 32) * kPhiloxM1;
+      const uint64_t low = (uint64_t)((uint32_t)(high >> 32) ^ (uint32_t)row ^ k0) * kPhiloxM0;
+      const uint64_t c0 = (uint32_t)high ^ (k0 + kPhiloxW0), c2 = low >> 32 ^ (k1 + kPhiloxW1), c3 = low;
+      u64v e[4] = {even.c0 ^ c0, even.c1, even.c2 ^ c2, u64v{} + c3};
+      u64v o[4] = {odd.c0 ^ c0, odd.c1, odd.c2 ^ c2, u64v{} + c3};
+#pragma GCC unroll 7
+      for (int round = 2; round < kPhiloxRounds; round++) {
+        philox_round(e, k0 + round * kPhiloxW0, k1 + round * kPhiloxW1);
+        philox_round(o, k0 + round * kPhiloxW0, k1 + round * kPhiloxW1);
+      }
+      for (int i = 0; i < 4; i++) {
+        const u32v word = (u32v)((e[i] & 0xFFFFFFFFu) | o[i] << 32);
+        store((int32_t*)pairs + r * kMaskPairs + 16 * i + lane, (i32v)finish(word));
+      }
+    }
+  }
+}
+
+// A dropout mask: pieces that are all ones where kept and 0 where dropped.
 struct Dropout {
   uint64_t seed;
   uint32_t threshold;  // 0: no dropout
@@ -64,38 +115,13 @@ struct Dropout {
   }
 
   // pairs[rows, 64] of the rows from row0 and the columns from 128 group.
-  //
-  // A counter is (lane, low row, high row, 0), so that the products of Philox's first two rounds depend either on the
-  // lane or on the row alone: only the other rounds are computed for each element.
   void keep_pairs(uint64_t row0, int64_t rows, int64_t group, uint32_t* pairs) const {
     if (threshold > 65535) {
       memset(pairs, 0, 4 * rows * kMaskPairs);
       return;
     }
     const u16w limit = (u16w)splat(threshold << 16 | threshold);
-    const uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-    for (int lane = 0; lane < 16; lane += W) {
-      // Counters lane .. lane + W: the even ones and the odd ones, each in the lower half of a 64-bit lane, where the
-      // multiplier wants it. The upper halves are never read.
-      const u32v counter = (u32v)(lane_index() + (int32_t)(16 * group + lane));
-      const LaneRounds even = lane_rounds((u64v)counter, k1), odd = lane_rounds((u64v)counter >> 32, k1);
-      for (int64_t r = 0; r < rows; r++) {
-        const uint64_t row = row0 + r, high = (row >> 32) * kPhiloxM1;
-        const uint64_t low = (uint64_t)((uint32_t)(high >> 32) ^ (uint32_t)row ^ k0) * kPhiloxM0;
-        const uint64_t c0 = (uint32_t)high ^ (k0 + kPhiloxW0), c2 = low >> 32 ^ (k1 + kPhiloxW1), c3 = low;
-        u64v e[4] = {even.c0 ^ c0, even.c1, even.c2 ^ c2, u64v{} + c3};
-        u64v o[4] = {odd.c0 ^ c0, odd.c1, odd.c2 ^ c2, u64v{} + c3};
-#pragma GCC unroll 7
-        for (int round = 2; round < kPhiloxRounds; round++) {
-          philox_round(e, k0 + round * kPhiloxW0, k1 + round * kPhiloxW1);
-          philox_round(o, k0 + round * kPhiloxW0, k1 + round * kPhiloxW1);
-        }
-        for (int i = 0; i < 4; i++) {
-          const u32v word = (u32v)((e[i] & 0xFFFFFFFFu) | o[i] << 32);
-          store((int32_t*)pairs + r * kMaskPairs + 16 * i + lane, (i32v)((u16w)word >= limit));
-        }
-      }
-    }
+    philox_pairs(seed, row0, rows, group, pairs, [&](u32v word) { return (u16w)word >= limit; });
   }
 
   // keep[0:128] = -1 where column 128 group + i of `row` is kept, 0 where it is dropped
@@ -110,25 +136,6 @@ struct Dropout {
       }
   }
 
- private:
-  // What the lanes bring to the state after two rounds.
-  struct LaneRounds {
-    u64v c0, c1, c2;
-  };
-  FUSETUNE_INLINE LaneRounds lane_rounds(u64v counter, uint32_t k1) {
-    const u64v p0 = multiply_low_words(counter, kPhiloxM0);
-    const u64v p1 = multiply_low_words((p0 >> 32) ^ k1, kPhiloxM1);
-    return {p1 >> 32, p1, p0};
-  }
-  FUSETUNE_INLINE void philox_round(u64v (&c)[4], uint32_t k0, uint32_t k1) {
-    const u64v p0 = multiply_low_words(c[0], kPhiloxM0), p1 = multiply_low_words(c[2], kPhiloxM1);
-    c[0] = (p1 >> 32) ^ c[1] ^ k0;
-    c[2] = (p0 >> 32) ^ c[3] ^ k1;
-    c[1] = p1;
-    c[3] = p0;
-  }
-
- public:
   FUSETUNE_INLINE i32v lower_mask(u32v pair) { return (i32v)(pair << 16) >> 16; }
   FUSETUNE_INLINE i32v upper_mask(u32v pair) { return (i32v)pair >> 16; }
 

@@ -39,6 +39,7 @@ typedef int32_t i32v __attribute__((vector_size(4 * W)));
 typedef uint32_t u32v __attribute__((vector_size(4 * W)));
 typedef uint64_t u64v __attribute__((vector_size(4 * W)));
 typedef uint16_t u16v __attribute__((vector_size(2 * W)));
+typedef uint8_t u8v __attribute__((vector_size(W)));
 typedef uint16_t u16w __attribute__((vector_size(4 * W)));
 
 #define FUSETUNE_INLINE static inline __attribute__((always_inline))
@@ -74,7 +75,7 @@ FUSETUNE_INLINE i32v lane_index() {
   return v;
 }
 
-// The larger of a and b per lane; b where either is NaN.
+// The larger, and the smaller, of a and b per lane; b where either is NaN.
 FUSETUNE_INLINE f32v max(f32v a, f32v b) {
 #if FUSETUNE_X86 && defined(__AVX512F__)
   return (f32v)_mm512_max_ps((__m512)a, (__m512)b);
@@ -82,6 +83,16 @@ FUSETUNE_INLINE f32v max(f32v a, f32v b) {
   return (f32v)_mm256_max_ps((__m256)a, (__m256)b);
 #else
   return a > b ? a : b;
+#endif
+}
+
+FUSETUNE_INLINE f32v min(f32v a, f32v b) {
+#if FUSETUNE_X86 && defined(__AVX512F__)
+  return (f32v)_mm512_min_ps((__m512)a, (__m512)b);
+#elif FUSETUNE_X86
+  return (f32v)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
 #endif
 }
 
@@ -182,6 +193,77 @@ FUSETUNE_INLINE u16v narrow(u32v v) {
   return (u16v)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
 #else
   return __builtin_convertvector(v, u16v);
+#endif
+}
+
+// Lanes from and to 8 bits.
+FUSETUNE_INLINE i32v load_bytes(const uint8_t* p) {
+  u8v v;
+  memcpy(&v, p, sizeof v);
+#if FUSETUNE_X86 && !defined(__AVX512F__)
+  int64_t bits;
+  memcpy(&bits, p, sizeof bits);
+  return (i32v)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits));
+#else
+  return __builtin_convertvector(v, i32v);
+#endif
+}
+FUSETUNE_INLINE void store_bytes(uint8_t* p, i32v x) {  // x from 0 to 255
+#if FUSETUNE_X86 && !defined(__AVX512F__)
+  const u16v half = narrow((u32v)x);
+  const __m128i bytes = _mm_packus_epi16((__m128i)half, (__m128i)half);
+  memcpy(p, &bytes, W);
+#else
+  const u8v v = __builtin_convertvector(x, u8v);
+  memcpy(p, &v, sizeof v);
+#endif
+}
+
+// table[index] of 16 and of 32 entries, for the lowest 4 or 5 bits of each index.
+FUSETUNE_INLINE f32v lookup16(const float* table, i32v index) {
+#if FUSETUNE_X86 && defined(__AVX512F__)
+  return (f32v)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
+#elif FUSETUNE_X86
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)index);
+  return (f32v)_mm256_blendv_ps(low, high, (__m256)(index << 28));
+#else
+  f32v v;
+  for (int i = 0; i < W; i++) v[i] = table[index[i] & 15];
+  return v;
+#endif
+}
+FUSETUNE_INLINE f32v lookup32(const float* table, i32v index) {
+#if FUSETUNE_X86 && defined(__AVX512F__)
+  return (f32v)_mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)index, _mm512_loadu_ps(table + 16));
+#elif FUSETUNE_X86
+  return (f32v)_mm256_blendv_ps((__m256)lookup16(table, index), (__m256)lookup16(table + 16, index),
+                                (__m256)(index << 27));
+#else
+  f32v v;
+  for (int i = 0; i < W; i++) v[i] = table[index[i] & 31];
+  return v;
+#endif
+}
+
+FUSETUNE_INLINE f32v to_float(i32v v) { return __builtin_convertvector(v, f32v); }
+// To the nearest integer, ties to even; |v| < 2^22.
+FUSETUNE_INLINE i32v to_nearest(f32v v) {
+#if FUSETUNE_X86 && defined(__AVX512F__)
+  return (i32v)_mm512_cvtps_epi32((__m512)v);
+#elif FUSETUNE_X86
+  return (i32v)_mm256_cvtps_epi32((__m256)v);
+#else
+  return (i32v)(v + 12582912.0f) - 0x4B400000;  // 1.5 * 2^23
+#endif
+}
+FUSETUNE_INLINE u32v max(u32v a, u32v b) {
+#if FUSETUNE_X86 && defined(__AVX512F__)
+  return (u32v)_mm512_max_epu32((__m512i)a, (__m512i)b);
+#elif FUSETUNE_X86
+  return (u32v)_mm256_max_epu32((__m256i)a, (__m256i)b);
+#else
+  return a > b ? a : b;
 #endif
 }
 

@@ -104,7 +104,7 @@ NARROW = ([torch.bfloat16], [torch.bfloat16, torch.float16])
 class Table:
     """The tensors of one step on one device.
 
-    The kernels walk p, grad, m, v, v' and the master element by element in memory order. Tensors that are not laid out
+    It keeps its tensors alive. The kernels walk p, grad, m, v, v' and the master element by element in memory order. Tensors that are not laid out
     alike are copied into the parameter's order; `step` writes the copies back.
 
     Raises:
@@ -116,7 +116,7 @@ class Table:
         self._copies: list[tuple[Tensor, Tensor]] = []  # original, copy
         for row in rows:
             check_row(row, self.device)
-        self.rows = [self._laid_out(row) for row in rows]  # kept alive
+        self.rows = [self._laid_out(row) for row in rows]
         self._lay()
         self.moved = bool(self._copies) or any(a.grad is not b.grad for a, b in zip(self.rows, rows, strict=True))
 
@@ -134,6 +134,7 @@ class Table:
         return table
 
     def _lay(self) -> None:
+        self._grads = [row.grad for row in self.rows]
         columns = list(zip(*self.rows, strict=True))
         values = [address for column in columns[:ADDRESSES] for address in map(_native.address, column)]
         values += [p.numel() for p in columns[0]]
@@ -157,10 +158,11 @@ class Table:
                     self._copies.append((t, tensors[name]))
         return row._replace(**tensors)
 
-    def set_grads(self, addresses: list[int]) -> None:
-        """Takes other gradients, contiguous, of the same shapes and dtypes; the caller keeps them alive."""
+    def set_grads(self, addresses: list[int], grads: list[Tensor]) -> None:
+        """Takes other gradients, contiguous, of the same shapes and dtypes."""
         count = len(self.rows)
         self._values[count : 2 * count] = array("q", addresses)
+        self._grads = grads
 
     def _tensor(self) -> Tensor:
         return torch.frombuffer(self._values, dtype=torch.int64).view(COLUMNS, -1)
@@ -190,7 +192,7 @@ class Table:
         else:
             from fusetune.ops.adamw import adamw_grad_norm_reference
 
-            norm = adamw_grad_norm_reference([row.grad for row in self.rows], grad_scale)
+            norm = adamw_grad_norm_reference(self._grads, grad_scale)
         return norm
 
     def step(
@@ -246,11 +248,11 @@ class Table:
     ) -> None:
         from fusetune.ops.adamw import adamw_step_reference
 
-        for row in self.rows:
+        for row, grad in zip(self.rows, self._grads, strict=True):
             lr, beta1, beta2, eps, weight_decay, maximize = hypers[row.group]
             lists = (([] if t is None else [t]) for t in (row.master, row.absmax, row.absmax_sq, row.key))
             adamw_step_reference(
-                *([row.param], [row.grad], [row.exp_avg], [row.exp_avg_sq]),
+                *([row.param], [grad], [row.exp_avg], [row.exp_avg_sq]),
                 *([] if row.largest is None else [row.largest], [row.step]),
                 lr=lr if row.lr is None else row.lr,
                 beta1=beta1,

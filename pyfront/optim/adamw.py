@@ -2,37 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from fusetune.ops.adamw import Table
+from fusetune._check import check
+from fusetune.ops._adamw_table import Row, Table
+from fusetune.optim import _state
+from fusetune.optim._distributed import combined_norm, layout, local
 
 
 class AdamW(torch.optim.AdamW):
     """Drop-in replacement for torch.optim.AdamW: the same arguments, defaults, state and state_dict.
 
     `step` updates all parameters of all groups in one parallel region (CPU) or launch (GPU), in the arithmetic of
-    torch's fused implementation (csrc/adamw.h). `foreach` and `fused` select among torch's own implementations and mean
-    nothing here; they are accepted so that scripts and saved states carry over.
+    torch's fused implementation (csrc/adamw.h). `foreach`, `fused` and `capturable` select among torch's own
+    implementations and mean nothing here, where the step counts are always on the parameters' device and nothing
+    synchronises; they are accepted so that scripts and saved states carry over. `lr` may be a tensor, on a GPU too.
 
-    Parameters are float32, bfloat16 or float16, on the CPU or CUDA; a group may mix them. GradScaler's scale is taken
-    inside the kernel, and gradients are left as they are, scaled.
+    Parameters are float32, bfloat16 or float16, on the CPU or CUDA, or DTensors of these; a group may mix them.
+    GradScaler's scale is taken inside the kernel, and gradients are left as they are, scaled and unclipped.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused: as in torch.
+        max_grad_norm: clips the gradients of all groups together to this 2-norm, as torch.nn.utils.clip_grad_norm_
+            does, inside the step. After a step `grad_norm` is the norm before clipping, a 0-dimensional tensor on the
+            parameters' device. None or 0: neither.
+        state_dtype: of exp_avg and exp_avg_sq: "float32", "bfloat16" or "int8" (blocks of 256 with bitsandbytes' 8-bit
+            codes, under its names; parameters of fewer than 4096 elements keep float32), or a torch.dtype. None: the
+            parameter's, as in torch.
+        master_weights: of 16-bit parameters. "fp32" steps a float32 copy (state "master") and rounds the parameter from
+            it; "split16" keeps the lower halves of the same 32 bits (state "param_lo", bfloat16 parameters only), in 2
+            bytes instead of 4. None or "none": neither. Who changes parameters by hand must change "master", too.
+        stochastic_rounding: rounds bfloat16 parameters without master weights, and bfloat16 states of theirs, up or
+            down with the probability that keeps the mean. Reproducible: a step's random numbers are a function of a
+            seed, drawn from torch's generator by the constructor and saved in the state_dict, of the parameter's
+            number, the element and the step.
+
+    The last three may differ from group to group. What a saved state has in another form is converted by
+    `load_state_dict`; the optimizer's own options hold.
 
     Raises:
-        NotImplementedError: `capturable` or `differentiable`, or a device without a backend.
-        TypeError: complex or float64 parameters. ValueError and RuntimeError as in torch.
+        NotImplementedError: `differentiable`, amsgrad with 8-bit states, or a device without a backend.
+        TypeError: complex or float64 parameters, sparse gradients. ValueError and RuntimeError as in torch, and for
+        options that are not among the above or mean nothing together.
     """
 
     _step_supports_amp_scaling = True  # the GradScaler protocol: it sets grad_scale and found_inf
 
+    grad_norm: Tensor | None = None
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        state_dtype: str | torch.dtype | None = None,
+        master_weights: str | None = None,
+        stochastic_rounding: bool = False,
+    ) -> None:
+        check(
+            not max_grad_norm or max_grad_norm > 0,
+            ValueError,
+            f"AdamW: max_grad_norm must be a positive number, or None or 0 for no clipping, got {max_grad_norm}",
+        )
+        options = {
+            "state_dtype": state_dtype,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
+        }
+        # Only what is used stands in the groups and so in the state_dict, which else is torch's own.
+        self._options = {name: value for name, value in options.items() if value not in (None, False)}
+        super().__init__(
+            *(params, lr, betas, eps, weight_decay, amsgrad),
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self.defaults |= self.__dict__.pop("_options")  # which, unlike attributes, are pickled and copied
+        if max_grad_norm:
+            self.defaults["max_grad_norm"] = float(max_grad_norm)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        for option in ("capturable", "differentiable"):
-            if param_group.get(option, self.defaults[option]):
-                raise NotImplementedError(f"AdamW: {option} must be False, got True; torch.optim.AdamW has it")
+        """As in torch; the group may have options of this class, too, but for max_grad_norm, which is of all groups."""
+        if param_group.get("differentiable", self.defaults["differentiable"]):
+            raise NotImplementedError("AdamW: differentiable must be False, got True; torch.optim.AdamW has it")
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for name, value in self.__dict__.get("_options", {}).items():
+                group.setdefault(name, value)
+            _state.check_options(group)
+            clipped = self.defaults.get("max_grad_norm")
+            check(
+                group.pop("max_grad_norm", clipped) == clipped,
+                ValueError,
+                "AdamW: max_grad_norm must be the same in all groups; give it to the constructor",
+            )
+        except Exception:
+            self.param_groups.pop()
+            raise
+        if group.get("stochastic_rounding") and "rounding_seed" not in group:
+            seeds = [g["rounding_seed"] for g in self.param_groups if "rounding_seed" in g]
+            group["rounding_seed"] = seeds[0] if seeds else int(torch.randint(2**31, ()))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -44,37 +132,140 @@ class AdamW(torch.optim.AdamW):
 
         Args:
             closure: reevaluates the model and returns the loss.
+
+        Raises:
+            As the class; then nothing was changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        tables: dict[torch.device, Table] = {}
-        for index, group in enumerate(self.param_groups):
-            amsgrad = group["amsgrad"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state, device = self.state[p], p.device
-                if not state or state["step"].device != device or state["step"].dtype is not torch.float32:
-                    self._prepare_state(p, amsgrad)
-                if device not in tables:
-                    tables[device] = Table()
-                largest = state["max_exp_avg_sq"] if amsgrad else None
-                tables[device].add(p, p.grad, state["exp_avg"], state["exp_avg_sq"], largest, state["step"], index)
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        tables: _Tables | None = self.__dict__.get("_tables")
+        if tables is None or not tables.take(self, params, grads):
+            tables = self._tables = _Tables(self, params, grads)
+
         hypers = [
-            (float(g["lr"]), *map(float, g["betas"]), g["eps"], g["weight_decay"], float(g["maximize"]))
+            (_number(g["lr"]), *map(float, g["betas"]), g["eps"], g["weight_decay"], float(g["maximize"]))
             for g in self.param_groups
         ]
-        for device, table in tables.items():
-            table.launch(hypers, device, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        max_grad_norm = self.defaults.get("max_grad_norm", 0.0)
+        norm = None
+        if max_grad_norm:
+            norm = self.grad_norm = tables.grad_norm(grad_scale)
+        for table in tables.tables:
+            scalars = (None if t is None else t.to(table.device) for t in (grad_scale, found_inf, norm))
+            table.step(hypers, *scalars, max_grad_norm)
         return loss
 
-    def _prepare_state(self, p: Tensor, amsgrad: bool) -> None:
-        """Makes p's state as torch does, or repairs one that was saved by another implementation."""
-        state = self.state[p]
-        step = state.get("step", 0.0)
-        state["step"] = torch.as_tensor(step, dtype=torch.float32, device=p.device)
-        for name in ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ())):
-            if name not in state:
-                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Loads the state of this optimizer, of torch.optim.AdamW in any form, of apex's FusedAdam, DeepSpeed's
+        CPUAdam or bitsandbytes' AdamW. Devices and dtypes become those of the parameters and options here.
+
+        Raises:
+            ValueError: groups or shapes that do not match; then nothing was changed.
+        """
+        _state.load(self, super().load_state_dict, state_dict)
+
+
+class _Tables:
+    """The kernels' tables of one optimizer, kept from step to step; a step reads all addresses anew."""
+
+    def __init__(self, optimizer: AdamW, params: list[Tensor], grads: list[Tensor | None]) -> None:
+        # Everything that may raise comes first, so that a step that raises has changed nothing.
+        present = [(p, grad) for p, grad in zip(params, grads, strict=True) if grad is not None]
+        rows: dict[Any, list[Row]] = {}
+        fresh = {}
+        number = 0
+        for index, group in enumerate(optimizer.param_groups):
+            form = _state.Form.of(group)
+            key = group.get("rounding_seed")
+            lr = group["lr"] if isinstance(group["lr"], Tensor) and group["lr"].is_cuda else None
+            for p in group["params"]:
+                grad = grads[number]
+                if grad is not None:
+                    have = optimizer.state.get(p, {})
+                    fresh[p] = state = _state.complete(have, p, form)
+                    row = Row(
+                        local(p),
+                        local(grad),
+                        *(local(state[name]) for name in form.moments(p)),
+                        local(state["max_exp_avg_sq"]) if form.amsgrad else None,
+                        state["step"],
+                        local(state.get(form.master_name)),
+                        *(state.get("absmax1"), state.get("absmax2")),
+                        lr=lr if lr is None or lr.device != p.device else lr.float().view(()),
+                        group=index,
+                        key=None if key is None else number << 32 | key,
+                    )
+                    rows.setdefault(layout(p), []).append(row)
+                number += 1
+        self.layouts = list(rows)
+        self.tables = [Table(r) for r in rows.values()]
+        for p, state in fresh.items():
+            if optimizer.state.get(p) is not state:
+                optimizer.state[p].update(state)
+
+        self._params = params
+        self._absent = [grad is None for grad in grads]
+        self._forms = [_state.Form.of(group) for group in optimizer.param_groups]
+        self._lrs = [group["lr"] for group in optimizer.param_groups if isinstance(group["lr"], Tensor)]
+        self._states = list(optimizer.state.values())
+        self._tensors = [p for p, _ in present]
+        self._kept = (
+            len(self.tables) == 1
+            and not self.tables[0].moved
+            and self.layouts[0].mesh is None
+            and all(grad.dtype is p.dtype for p, grad in present)
+        )
+        if self._kept:
+            self._addresses = self._read_addresses(optimizer)
+
+    def take(self, optimizer: AdamW, params: list[Tensor], grads: list[Tensor | None]) -> bool:
+        """Takes the gradients of a step; whether the tables then are as new ones would be.
+
+        Everything that a script may exchange between steps is compared, or read anew: parameters and their memory,
+        gradients, states, groups and their options. In loops that run in C, as a step pays for them a tensor at a time.
+        """
+        if not self._kept or len(params) != len(self._params) or not all(map(operator.is_, params, self._params)):
+            return False
+        states = list(optimizer.state.values())
+        if len(states) != len(self._states) or not all(map(operator.is_, states, self._states)):
+            return False
+        if [_state.Form.of(group) for group in optimizer.param_groups] != self._forms:
+            return False
+        present = [grad for grad in grads if grad is not None]
+        if len(present) != len(self._tensors) or (
+            len(present) < len(grads) and [grad is None for grad in grads] != self._absent
+        ):
+            return False
+        if not all(map(Tensor.is_contiguous, present)):
+            return False
+        try:
+            addresses = list(map(Tensor.data_ptr, present))
+            if self._read_addresses(optimizer) != self._addresses:
+                return False
+        except (TypeError, RuntimeError):  # a state that is no tensor, or a gradient without memory
+            return False
+        lrs = [group["lr"] for group in optimizer.param_groups if isinstance(group["lr"], Tensor)]
+        if len(lrs) != len(self._lrs) or not all(map(operator.is_, lrs, self._lrs)):
+            return False
+        self.tables[0].set_grads(addresses, present)
+        return True
+
+    def _read_addresses(self, optimizer: AdamW) -> list[int]:
+        values = chain.from_iterable(map(dict.values, self._states))
+        return [*map(Tensor.data_ptr, self._tensors), *map(Tensor.data_ptr, values)]
+
+    def grad_norm(self, grad_scale: Tensor | None) -> Tensor:
+        norms = [
+            table.grad_norm(None if grad_scale is None else grad_scale.to(table.device)) for table in self.tables
+        ]
+        return combined_norm(norms, self.layouts)
+
+
+def _number(lr: float | Tensor) -> float:
+    """lr, or any number where the kernel reads it on the device."""
+    return 0.0 if isinstance(lr, Tensor) and lr.is_cuda else float(lr)
