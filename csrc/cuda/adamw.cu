@@ -120,38 +120,30 @@ __device__ void round_randomly(float (&x)[kEach], uint64_t seed, uint64_t row, i
   }
 }
 
-// The 8-bit maps, with kBits = 0 for the signed one and 1 for the unsigned. Level 2^(d + kBits) + j is the value j of
-// decade d, the level before decade 0 is 0, and that after decade 6 is 1; a code is 127 +- level or level - 1.
-__device__ float value_of(int level, int bits) {
-  int count = 1 << bits;
-  if (level < count) return 0;
-  if (level == count << 7) return 1;
-  double decade = 1e-6;
-  for (; level >= 2 * count; count *= 2) decade *= 10;
-  return (float)(decade * (0.1 + 0.9 * (level - count + 0.5) / count));
+__device__ float decoded(const AdamwCodes<1>& t, uint8_t code, float absmax) {
+  const float f = fabsf((float)(code - 127));
+  const int i = __float_as_int(f) >> 23 & 15;
+  const float value = fmaf(t.slope[i] * absmax, f, t.offset[i] * absmax);
+  return code == 127 ? 0 : code < 127 ? -value : value;
+}
+__device__ float decoded(const AdamwCodes<2>& t, uint8_t code, float absmax) {
+  const float f = (float)(code + 1);
+  const int i = __float_as_int(f) >> 23 & 15;
+  return fmaf(t.slope[i] * absmax, f, t.offset[i] * absmax);
 }
 
-// The level of the value nearest to x, 0 <= x <= 1. Within a decade the middles of neighbours are multiples of
-// 0.9 / 2^(d + kBits) from its begin; between decades they are the least x of the later.
-template <int kBits>
-__device__ int nearest_level(float x) {
-  constexpr double powers[8] = {1e6, 1e5, 1e4, 1e3, 100, 10, 1, 0.1};
-  int end = 1 << kBits;  // past the levels of the decade
-  float scale = 0;
-#pragma unroll
-  for (int d = 0; d < 8; d++) {
-    const double least = d == 0 ? 0.5 + 2.25 / (1 << kBits) : 1 + (d < 7 ? 1.8 : -0.45) / (1 << (d + kBits));
-    if (x >= (float)(0.1 / powers[d] * least)) {
-      end *= 2;
-      scale = (float)powers[d];
-    }
-  }
-  const int level = (int)((x * scale + 0.8f) * (float)(1 / 1.8) * (float)end);
-  return min(max(level, end / 2), end - 1);
+// f of x = |value| / absmax; all below 2^-23 are 0.
+template <int kFirst>
+__device__ int number_of(const AdamwCodes<kFirst>& t, float x) {
+  x = max(x, 0x1p-23f);
+  const int i = __float_as_int(x) >> 23 & 31;
+  const int p = t.piece[i] + (x >= t.next[i]);
+  return (int)rintf(min(fmaf(t.inverse_slope[p], x, t.inverse_offset[p]), t.last[p]));
 }
 
-template <int kBits>
-__device__ void store_quantized(uint8_t* tensor, float* absmax, const float (&x)[kEach], Span span) {
+template <int kFirst>
+__device__ void store_quantized(const AdamwCodes<kFirst>& t, uint8_t* tensor, float* absmax, const float (&x)[kEach],
+                                Span span) {
   float largest = 0;
 #pragma unroll
   for (int k = 0; k < kEach; k++)
@@ -160,21 +152,25 @@ __device__ void store_quantized(uint8_t* tensor, float* absmax, const float (&x)
   for (int distance = kWarpSize / 2; distance; distance /= 2)
     largest = max(largest, __shfl_xor_sync(kFullWarp, largest, distance));
   if (threadIdx.x % kWarpSize == 0) *absmax = largest;
-  const float unit = largest < 1 ? 0x1p64f : 0x1p-64f;  // or reciprocals would overflow, or be subnormal
-  const float reciprocal = largest == 0 ? 0 : 1 / (largest * unit);
+  const float scale = largest < 0x1p-126f ? 0x1p64f : 1;  // 1 / largest is finite from 2^-126 on
+  const float inverse = largest == 0 ? 0 : 1 / (largest * scale);
   Lane<uint8_t> codes;
 #pragma unroll
   for (int k = 0; k < kEach; k++) {
     const float magnitude = fabsf(x[k]);
-    const int level = nearest_level<kBits>(magnitude < INFINITY ? magnitude * unit * reciprocal : 0);
-    codes[k] = (uint8_t)(kBits ? level - 1 : x[k] < 0 ? 127 - min(level, 127) : 127 + level);
+    const int f = number_of(t, magnitude < INFINITY ? magnitude * scale * inverse : 0);
+    codes[k] = (uint8_t)(kFirst == 2 ? f - 1 : x[k] < 0 ? max(127 - f, 0) : 127 + f);  // there is no -1
   }
   store(tensor, codes, span);
 }
 
 // What the warps of a block share.
+struct Codes {
+  AdamwCodes<1> m;
+  AdamwCodes<2> v;
+};
 struct Shared {
-  float maps[2][256];  // values of the 8-bit codes of m and v
+  Codes codes;
   uint4 exchange[kThreads];
 };
 
@@ -213,8 +209,8 @@ __device__ void update_chunk(const int64_t* row, int64_t rows, const AdamwScalar
       if (kBrain) p[k] = __uint_as_float(__float_as_uint(p[k]) + (int16_t)low[k]);
       float before = 0;
       if constexpr (kQuantized) {
-        m[k] = shared.maps[0][m_stored[k]] * absmax[i / kQuantBlock];
-        v[k] = shared.maps[1][v_stored[k]] * absmax_sq[i / kQuantBlock];
+        m[k] = decoded(shared.codes.m, m_stored[k], absmax[i / kQuantBlock]);
+        v[k] = decoded(shared.codes.v, v_stored[k], absmax_sq[i / kQuantBlock]);
       } else {
         m[k] = as_float(m_stored[k]);
         v[k] = as_float(v_stored[k]);
@@ -256,8 +252,8 @@ __device__ void update_chunk(const int64_t* row, int64_t rows, const AdamwScalar
     }
     store_rounded(param, p, span);
     if constexpr (kQuantized) {
-      store_quantized<0>(exp_avg, absmax + i / kQuantBlock, m, span);
-      store_quantized<1>(exp_avg_sq, absmax_sq + i / kQuantBlock, v, span);
+      store_quantized(shared.codes.m, exp_avg, absmax + i / kQuantBlock, m, span);
+      store_quantized(shared.codes.v, exp_avg_sq, absmax_sq + i / kQuantBlock, v, span);
     } else {
       store_rounded(exp_avg, m, span);
       store_rounded(exp_avg_sq, v, span);
@@ -308,12 +304,12 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    update_tensors(const int64_t* table, int64_t rows, const float* found_inf, const AdamwScalars* scalars) {
+    update_tensors(const int64_t* table, int64_t rows, const float* found_inf, const AdamwScalars* scalars,
+                   const __grid_constant__ Codes codes) {
   if (found_inf && *found_inf != 0) return;
   __shared__ Shared shared;
-  const int code = threadIdx.x;
-  shared.maps[0][code] = code < 127 ? -value_of(127 - code, 0) : value_of(code - 127, 0);
-  shared.maps[1][code] = value_of(code + 1, 1);
+  for (size_t i = threadIdx.x; i < sizeof codes / 4; i += kThreads)
+    ((uint32_t*)&shared.codes)[i] = ((const uint32_t*)&codes)[i];
   for_chunks(table, rows, [&](int64_t r, int64_t begin) {
     const AdamwScalars s = scalars[r];
     const auto update = [&](auto param, auto state) {
@@ -379,7 +375,8 @@ void adamw_step(const int64_t* table, int64_t rows, const double* hypers, const 
   const char* op = "adamw_step";
   launch(op, prepare, (unsigned)((rows + kThreads - 1) / kThreads), kThreads, stream, table, rows, hypers, grad_scale,
          found_inf, grad_norm, max_grad_norm, workspace);
-  launch(op, update_tensors, kBlocks * multiprocessors(op), kThreads, stream, table, rows, found_inf, workspace);
+  const Codes codes = {AdamwCodes<1>::make(), AdamwCodes<2>::make()};
+  launch(op, update_tensors, kBlocks * multiprocessors(op), kThreads, stream, table, rows, found_inf, workspace, codes);
 }
 
 void adamw_grad_norm(const int64_t* table, int64_t rows, const float* grad_scale, float* norm, double* workspace,
