@@ -6,6 +6,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "block.cuh"
 #include "launch.h"
 #include "philox.cuh"
@@ -164,11 +166,11 @@ __device__ void store_quantized(const AdamwCodes<kFirst>& t, uint8_t* tensor, fl
   store(tensor, codes, span);
 }
 
-// What the warps of a block share.
 struct Codes {
   AdamwCodes<1> m;
   AdamwCodes<2> v;
 };
+
 struct Shared {
   Codes codes;
   uint4 exchange[kThreads];
@@ -178,7 +180,8 @@ struct Shared {
 template <class P, class S>
 __device__ void update_chunk(const int64_t* row, int64_t rows, const AdamwScalars& s, int64_t begin, Shared& shared) {
   constexpr bool kQuantized = sizeof(S) == 1, kNarrow = sizeof(P) == 2;
-  constexpr bool kBrain = std::is_same_v<P, __nv_bfloat16>;
+  constexpr bool kBFloat16P = std::is_same_v<P, __nv_bfloat16>;
+  constexpr bool kDivides = std::is_same_v<P, float> && std::is_same_v<S, float>;
   const auto column = [&](AdamwColumn c) { return row[c * rows]; };
   P* const param = (P*)column(kParam);
   const P* const grad = (const P*)column(kGrad);
@@ -199,14 +202,14 @@ __device__ void update_chunk(const int64_t* row, int64_t rows, const AdamwScalar
     Lane<uint16_t> low = {};
     if (!kQuantized && max_sq) largest_stored = load(max_sq, span);
     if (kNarrow && weights == kMaster) master = load((const float*)wide, span);
-    if (kBrain && weights == kSplit) low = load((const uint16_t*)wide, span);
+    if (kBFloat16P && weights == kSplit) low = load((const uint16_t*)wide, span);
 
     float p[kEach], m[kEach], v[kEach], largest[kEach];
 #pragma unroll
     for (int k = 0; k < kEach; k++) {
       p[k] = as_float(p_stored[k]);
       if (kNarrow && weights == kMaster) p[k] = master[k];
-      if (kBrain) p[k] = __uint_as_float(__float_as_uint(p[k]) + (int16_t)low[k]);
+      if (kBFloat16P) p[k] = __uint_as_float(__float_as_uint(p[k]) + (int16_t)low[k]);
       float before = 0;
       if constexpr (kQuantized) {
         m[k] = decoded(shared.codes.m, m_stored[k], absmax[i / kQuantBlock]);
@@ -223,17 +226,16 @@ __device__ void update_chunk(const int64_t* row, int64_t rows, const AdamwScalar
       v[k] = fmaf(s.beta2_complement * g, g, v[k] * s.beta2);
       largest[k] = before > v[k] ? before : v[k];
       const float root = sqrtf(largest[k]);
-      const bool divided = std::is_same_v<P, float> && std::is_same_v<S, float>;
-      const float denominator = (divided ? root / s.sqrt_bias2 : root * s.inverse_sqrt_bias2) + s.eps;
+      const float denominator = (kDivides ? root / s.sqrt_bias2 : root * s.inverse_sqrt_bias2) + s.eps;
       p[k] = p[k] * s.decay + s.negative_step_size * m[k] / denominator;
     }
 
-    if (weights == kStochastic) {
+    if (kBFloat16P && weights == kStochastic) {
       const uint64_t key = column(kKey), step = (uint64_t)*(const float*)column(kStep);
       const auto rounded = [&](float (&x)[kEach], uint64_t kind) {
         round_randomly(x, key, kind << 56 | step, i, shared.exchange + warp * kWarpSize);
       };
-      if (kBrain) rounded(p, 0);
+      rounded(p, 0);
       if (std::is_same_v<S, __nv_bfloat16>) {
         rounded(m, 1);
         rounded(v, 2);
@@ -241,7 +243,7 @@ __device__ void update_chunk(const int64_t* row, int64_t rows, const AdamwScalar
       }
     }
     if (kNarrow && weights == kMaster) store_rounded((float*)wide, p, span);
-    if (kBrain && weights == kSplit) {
+    if (kBFloat16P && weights == kSplit) {
 #pragma unroll
       for (int k = 0; k < kEach; k++) {
         const uint32_t bits = __float_as_uint(p[k]);
