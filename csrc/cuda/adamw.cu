@@ -17,14 +17,12 @@ namespace fusetune::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocks = 2;  // of the update, a multiprocessor
+constexpr int kBlocks = 2;      // of the update, a multiprocessor
+constexpr int kNormBlocks = 6;  // of the norm
 
 // A tensor is cut into chunks, which blocks take in turn: small enough to spread 10 M parameters over an H200 evenly,
 // large enough to hide what a chunk begins with. A multiple of what all warps take at a time.
 constexpr int64_t kChunk = 16384;
-
-// Blocks of the norm, whatever the device: its bits depend on them.
-constexpr int kNormBlocks = 1024;
 
 // A warp takes kQuantBlock elements at a time. Those of a lane are two runs of four neighbours: one access takes a run,
 // and the warp's lie side by side.
@@ -345,7 +343,7 @@ __device__ double chunk_squares(const int64_t* row, int64_t rows, int64_t begin)
 }
 
 // The sum of squares of each block's chunks.
-__global__ void __launch_bounds__(kThreads) sum_squares(const int64_t* table, int64_t rows, double* sums) {
+__global__ void __launch_bounds__(kThreads, kNormBlocks) sum_squares(const int64_t* table, int64_t rows, double* sums) {
   double sum = 0;
   for_chunks(table, rows, [&](int64_t r, int64_t begin) {
     switch (table[kFormat * rows + r] & 0xF) {
@@ -360,9 +358,10 @@ __global__ void __launch_bounds__(kThreads) sum_squares(const int64_t* table, in
 }
 
 // In one block.
-__global__ void __launch_bounds__(kThreads) finish_norm(const double* sums, const float* grad_scale, float* norm) {
+__global__ void __launch_bounds__(kThreads)
+    finish_norm(const double* sums, int64_t count, const float* grad_scale, float* norm) {
   double sum = 0;
-  for (int b = threadIdx.x; b < kNormBlocks; b += kThreads) sum += sums[b];
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += sums[i];
   __shared__ double totals[kThreads / kWarpSize];
   sum = block_prefix_sum(sum, totals);
   if (threadIdx.x == kThreads - 1) *norm = (float)(sqrt(sum) / (grad_scale ? *grad_scale : 1));
@@ -384,10 +383,11 @@ void adamw_step(const int64_t* table, int64_t rows, const double* hypers, const 
 void adamw_grad_norm(const int64_t* table, int64_t rows, const float* grad_scale, float* norm, double* workspace,
                      void* stream) {
   const char* op = "adamw_grad_norm";
-  launch(op, sum_squares, kNormBlocks, kThreads, stream, table, rows, workspace);
-  launch(op, finish_norm, 1, kThreads, stream, workspace, grad_scale, norm);
+  const int64_t blocks = adamw_grad_norm_workspace();
+  launch(op, sum_squares, (unsigned)blocks, kThreads, stream, table, rows, workspace);
+  launch(op, finish_norm, 1, kThreads, stream, workspace, blocks, grad_scale, norm);
 }
 
-int64_t adamw_grad_norm_workspace() { return kNormBlocks; }
+int64_t adamw_grad_norm_workspace() { return kNormBlocks * multiprocessors("adamw_grad_norm"); }
 
 }  // namespace fusetune::cuda
