@@ -2,8 +2,8 @@
 
 import json
 import math
-import sys
 
+import accelerate
 import peft
 import pytest
 import tiny
@@ -262,8 +262,6 @@ def test_clipping_under_a_gradient_scaler(tmp_path):
 
 
 def test_who_else_clips(tmp_path, monkeypatch):
-    from accelerate.utils import DistributedType
-
     def clips(watch=None, **settings):
         calls = []
 
@@ -284,7 +282,7 @@ def test_who_else_clips(tmp_path, monkeypatch):
         model = wide_llama()
         assert clips(model=model, optimizers=(cls(model.parameters()), None)) == 2
     trainer = fusetune.Trainer(wide_llama(), arguments(tmp_path))
-    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType.FSDP)
+    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", accelerate.DistributedType.FSDP)
     assert not trainer.create_optimizer()._optimizer_step_post_hooks
 
 

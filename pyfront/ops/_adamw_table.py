@@ -58,9 +58,7 @@ def check_row(row: Row, device: torch.device) -> None:
     check_dtype(OP, "params", p)
     check_device(OP, "params", p, device)
     check(
-        grad.layout == torch.strided,
-        TypeError,
-        f"{OP}: grads must be dense, got {grad.layout}; use torch.optim.SparseAdam",
+        grad.layout == torch.strided, TypeError, f"{OP}: grads must be dense, got {grad.layout}; use torch.optim.SparseAdam"
     )
     coded = row.exp_avg.dtype == torch.uint8
     states = [torch.uint8] if coded else sorted({p.dtype, torch.float32, torch.bfloat16}, key=_native.DTYPES.get)
@@ -82,9 +80,7 @@ def check_row(row: Row, device: torch.device) -> None:
             check_device(OP, name, tensor, device)
     if row.master is not None:
         check_dtype(OP, "params with int16 masters" if halves else "params with masters", p, NARROW[0 if halves else 1])
-    check(
-        not (coded and row.largest is not None), NotImplementedError, f"{OP}: amsgrad must be False with 8-bit states"
-    )
+    check(not (coded and row.largest is not None), NotImplementedError, f"{OP}: amsgrad must be False with 8-bit states")
     blocks = -(-p.numel() // 256)
     for name, tensor in (("absmaxs", row.absmax), ("absmax_sqs", row.absmax_sq)):
         check((tensor is not None) == coded, ValueError, f"{OP}: {name} must be given with 8-bit states, and only then")

@@ -260,7 +260,9 @@ class _Tables:
         return [*map(Tensor.data_ptr, self._tensors), *map(Tensor.data_ptr, values)]
 
     def grad_norm(self, grad_scale: Tensor | None) -> Tensor:
-        norms = [table.grad_norm(None if grad_scale is None else grad_scale.to(table.device)) for table in self.tables]
+        norms = [
+            table.grad_norm(None if grad_scale is None else grad_scale.to(table.device)) for table in self.tables
+        ]
         return combined_norm(norms, self.layouts)
 
 

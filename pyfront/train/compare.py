@@ -20,9 +20,9 @@ class Contender:
     """A model in training, and the arithmetic of its step."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Any
     dtype: torch.dtype
-    max_grad_norm: float
+    max_grad_norm: float | None  # None: the optimizer clips
 
     def step(self, batch: Mapping[str, Any]) -> tuple[float, float]:
         """Forward, backward, clipping and AdamW: loss, and norm of the gradients before they are clipped."""
@@ -30,12 +30,11 @@ class Contender:
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = self.model(**batch).loss
         loss.backward()
-        if isinstance(self.optimizer, AdamW):
-            self.optimizer.step()
-            norm = self.optimizer.grad_norm
-        else:
+        if self.max_grad_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-            self.optimizer.step()
+        self.optimizer.step()
+        if self.max_grad_norm is None:
+            norm = self.optimizer.grad_norm
         self.optimizer.zero_grad()
         return float(loss.detach()), float(norm)
 
@@ -51,10 +50,9 @@ def contenders(
     stock, ours = (copy.deepcopy(model, dict(shared)) for _ in range(2))
     patch(ours)
     max_grad_norm = max_grad_norm or torch.inf
-    clipped = AdamW(trained(ours), lr=1e-4, max_grad_norm=max_grad_norm, **options or {})
     return (
         Contender(stock, torch.optim.AdamW(trained(stock), lr=1e-4, fused=True), dtype, max_grad_norm),
-        Contender(ours, clipped, dtype, max_grad_norm),
+        Contender(ours, AdamW(trained(ours), lr=1e-4, max_grad_norm=max_grad_norm, **options or {}), dtype, None),
     )
 
 
@@ -63,8 +61,7 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def agreement(stock: Contender, ours: Contender, batch: Mapping[str, Any]) -> dict[str, float]:
-    """Loss and gradient norm of both in a first step, without dropout, whose masks differ: they show that both compute the
-    same."""
+    """Loss and gradient norm of both in a first step, without dropout, whose masks differ: both compute the same."""
     seen = {}
     for name, contender in (("stock", stock), ("fusetune", ours)):
         contender.model.eval()

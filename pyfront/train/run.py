@@ -54,8 +54,8 @@ def main(train_config: TrainConfig | None = None, **settings: Any) -> dict[str, 
         first and the last evaluation), `bag_of_words` (of the default job) and `compare` (of `compare_steps`), or None;
         `quantized` (with `quantize`: layers, weights, bytes_before and bytes_now), or None;
         `avg_epoch_time`, `avg_checkpoint_time`, `train_seconds`, `tokens_per_second`, `peak_memory_bytes`,
-        `optimizer_bytes` (the optimizer's state), `mfu`, `global_step`, `model_dir` and `metrics_filename`. Times are in
-        seconds.
+        `optimizer_bytes` (the optimizer's state), `mfu`, `global_step`, `model_dir` and `metrics_filename`. Times are
+        in seconds.
 
     Raises:
         UserError: something is wrong with the settings, the data, the model or the disk, the loss is not finite, or

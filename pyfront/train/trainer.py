@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
@@ -17,7 +16,7 @@ from fusetune.optim import AdamW
 from fusetune.train.files import move_into_place
 
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
-_WHOLE_GRADIENTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # in every process
+_WHOLE_GRADIENTS = ("NO", "MULTI_CPU", "MULTI_GPU")  # what accelerate calls it where every process has all of them
 
 _log = logging.getLogger(__name__)
 
@@ -73,11 +72,11 @@ class Trainer(transformers.Trainer):
         self._patch_model(model)
         return model
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         passed = self.optimizer is not None
-        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        clips = not passed and isinstance(optimizer, AdamW) and "max_grad_norm" not in optimizer.defaults
-        if clips and self.accelerator.distributed_type in _WHOLE_GRADIENTS:
+        optimizer: Any = super().create_optimizer(*args, **kwargs)
+        ours = not passed and isinstance(optimizer, AdamW) and "max_grad_norm" not in optimizer.defaults
+        if ours and self.accelerator.distributed_type in _WHOLE_GRADIENTS:
             self._clipping = optimizer
             optimizer.register_step_post_hook(self._after_step)
             _log.info("gradients are clipped to max_grad_norm within the step of fusetune.AdamW")
@@ -97,12 +96,12 @@ class Trainer(transformers.Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = self._clip_in_step(self.args.max_grad_norm)
-        return super()._clip_grad_norm(model) if norm is None else norm
+        return super()._clip_grad_norm(model) if norm is None else norm  # type: ignore[no-untyped-call]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if grad_norm is None:  # max_grad_norm is 0: the norm alone
             grad_norm = self._clip_in_step(torch.inf)
-        return super()._get_grad_norm(model, grad_norm=grad_norm)
+        return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
