@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import accelerate
 import peft
@@ -259,6 +262,24 @@ def test_clipping_under_a_gradient_scaler(tmp_path):
     assert math.isinf(got[1][2])
     assert sum(map(math.isinf, got[1])) == 1
     assert scalers[0].get_scale() == scalers[1].get_scale() == 2.0**12  # up, down and up twice
+
+
+def test_clipping_in_two_processes(tmp_path):
+    """Gradients are averaged by then, so that each process finds the same norm as stock does."""
+    script = f"""
+import json, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch, transformers, fusetune
+from test_trainer import assert_same_run, forbid_clipping, log_of, ours
+torch.set_num_threads(1)
+run = ({str(tmp_path)!r}, {{"max_grad_norm": 0.25}})
+expected = log_of(transformers.Trainer, *run)
+assert_same_run(log_of(fusetune.Trainer, *run, forbid_clipping, **ours()), expected)
+assert torch.distributed.get_world_size() == 2
+"""
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*command, str(tmp_path / "script.py")], check=True, capture_output=True)
 
 
 def test_who_else_clips(tmp_path, monkeypatch):
