@@ -108,12 +108,12 @@ class TrainConfig:
     )
     master_weights: str | None = option(
         None,
-        "train weights in bfloat16, which AdamW rounds from float32: from a copy (fp32) or with the missing 16 bits"
-        " (split16) (default: none, trained weights are float32)",
+        "train weights in bfloat16, which AdamW rounds from float32 ones: of those it keeps copies (fp32) or the lower"
+        " halves (split16) (default: none; trained weights are float32)",
         MASTER_WEIGHTS,
     )
     stochastic_rounding: bool = option(
-        False, "train weights in bfloat16, which AdamW rounds up or down at random, right in the mean"
+        False, "train weights in bfloat16, which AdamW rounds up or down at random so that the mean is right"
     )
     lora_r: int = positive(16, "rank of the adapters")
     lora_alpha: int | None = positive(None, "adapters are scaled by lora_alpha / lora_r (default: 2 lora_r)")
