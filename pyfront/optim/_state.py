@@ -94,7 +94,13 @@ def complete(have: Mapping[str, Any], p: Tensor, form: Form) -> Mapping[str, Any
     """`have` itself where it has all that p's state must have, else a new dict with what it lacks."""
     m, v = form.moments(p)
     dtype = form.dtype(p)
-    names = ["step", m, v, *(["max_exp_avg_sq"] if form.amsgrad else []), *([form.master_name] * bool(form.master_name))]
+    names = [
+        "step",
+        m,
+        v,
+        *(["max_exp_avg_sq"] if form.amsgrad else []),
+        *([form.master_name] * bool(form.master_name)),
+    ]
     if dtype == torch.uint8:
         names += ["qmap1", "qmap2", "absmax1", "absmax2"]
     step = have.get("step")

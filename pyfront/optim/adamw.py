@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
+from array import array
 from collections.abc import Callable, Mapping
-from itertools import chain
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from fusetune import _native
 from fusetune._check import check
 from fusetune.ops._adamw_table import Row, Table
 from fusetune.optim import _state
@@ -213,21 +214,22 @@ class _Tables:
         self._forms = [_state.Form.of(group) for group in optimizer.param_groups]
         self._lrs = [group["lr"] for group in optimizer.param_groups if isinstance(group["lr"], Tensor)]
         self._states = list(optimizer.state.values())
-        self._tensors = [p for p, _ in present]
+        # What may change without anything being another object: memory, dtype, device.
+        self._objects = [*(p for p, _ in present), *self._states]
+        self._memory = _room(len(present) + sum(map(len, self._states)))
+        self._grad_memory = _room(len(present))
         self._kept = (
             len(self.tables) == 1
             and not self.tables[0].moved
-            and self.layouts[0].mesh is None
-            and all(grad.dtype is p.dtype for p, grad in present)
+            and _native.read_tensors(self._objects, self._memory)
+            and _native.read_tensors([grad for _, grad in present], self._grad_memory)
         )
-        if self._kept:
-            self._addresses = self._read_addresses(optimizer)
 
     def take(self, optimizer: AdamW, params: list[Tensor], grads: list[Tensor | None]) -> bool:
         """Takes the gradients of a step; whether the tables then are as new ones would be.
 
-        Everything that a script may exchange between steps is compared, or read anew: parameters and their memory,
-        gradients, states, groups and their options. In loops that run in C, as a step pays for them a tensor at a time.
+        Everything that a script may exchange between steps is compared: parameters, gradients, states, groups, their
+        options, and the memory of all tensors. In loops that run in C, as a step pays for them a tensor at a time.
         """
         if not self._kept or len(params) != len(self._params) or not all(map(operator.is_, params, self._params)):
             return False
@@ -236,34 +238,28 @@ class _Tables:
             return False
         if [_state.Form.of(group) for group in optimizer.param_groups] != self._forms:
             return False
-        present = [grad for grad in grads if grad is not None]
-        if len(present) != len(self._tensors) or (
-            len(present) < len(grads) and [grad is None for grad in grads] != self._absent
-        ):
-            return False
-        if not all(map(Tensor.is_contiguous, present)):
-            return False
-        try:
-            addresses = list(map(Tensor.data_ptr, present))
-            if self._read_addresses(optimizer) != self._addresses:
-                return False
-        except (TypeError, RuntimeError):  # a state that is no tensor, or a gradient without memory
-            return False
         lrs = [group["lr"] for group in optimizer.param_groups if isinstance(group["lr"], Tensor)]
         if len(lrs) != len(self._lrs) or not all(map(operator.is_, lrs, self._lrs)):
             return False
-        self.tables[0].set_grads(addresses, present)
+        if [grad is None for grad in grads] != self._absent:
+            return False
+        present = [grad for grad in grads if grad is not None]
+        memory, grad_memory = _room(len(self._memory) // 3), _room(len(present))
+        if not _native.read_tensors(self._objects, memory) or memory != self._memory:
+            return False
+        count = len(present)
+        if not _native.read_tensors(present, grad_memory) or grad_memory[count:] != self._grad_memory[count:]:
+            return False
+        self.tables[0].set_grads(present, grad_memory[:count])
         return True
 
-    def _read_addresses(self, optimizer: AdamW) -> list[int]:
-        values = chain.from_iterable(map(dict.values, self._states))
-        return [*map(Tensor.data_ptr, self._tensors), *map(Tensor.data_ptr, values)]
-
     def grad_norm(self, grad_scale: Tensor | None) -> Tensor:
-        norms = [
-            table.grad_norm(None if grad_scale is None else grad_scale.to(table.device)) for table in self.tables
-        ]
+        norms = [table.grad_norm(None if grad_scale is None else grad_scale.to(table.device)) for table in self.tables]
         return combined_norm(norms, self.layouts)
+
+
+def _room(tensors: int) -> array[int]:
+    return array("q", bytes(8 * _native.READ_FIELDS * tensors))
 
 
 def _number(lr: float | Tensor) -> float:
