@@ -64,7 +64,7 @@ def check_row(row: Row, device: torch.device) -> None:
         f"{OP}: grads must be dense, got {grad.layout}; use torch.optim.SparseAdam",
     )
     coded = row.exp_avg.dtype == torch.uint8
-    states = [torch.uint8] if coded else sorted({p.dtype, torch.float32, torch.bfloat16}, key=_native.DTYPES.get)
+    states = [torch.uint8] if coded else [d for d in _native.DTYPES if d in (p.dtype, torch.float32, torch.bfloat16)]
     halves = row.master is not None and row.master.dtype == torch.int16
     for name, tensor, dtypes in (
         ("grads", grad, [p.dtype]),
@@ -275,10 +275,13 @@ class Table:
 
         for row, grad in zip(self.rows, self._grads, strict=True):
             lr, beta1, beta2, eps, weight_decay, maximize = hypers[row.group]
-            lists = (([] if t is None else [t]) for t in (row.master, row.absmax, row.absmax_sq, row.key))
             adamw_step_reference(
                 *([row.param], [grad], [row.exp_avg], [row.exp_avg_sq]),
                 *([] if row.largest is None else [row.largest], [row.step]),
+                masters=[] if row.master is None else [row.master],
+                absmaxs=[] if row.absmax is None else [row.absmax],
+                absmax_sqs=[] if row.absmax_sq is None else [row.absmax_sq],
+                keys=[] if row.key is None else [row.key],
                 lr=lr if row.lr is None else row.lr,
                 beta1=beta1,
                 beta2=beta2,
@@ -290,7 +293,6 @@ class Table:
                 found_inf=found_inf,
                 grad_norm=grad_norm,
                 max_grad_norm=max_grad_norm,
-                **dict(zip(("masters", "absmaxs", "absmax_sqs", "keys"), lists, strict=True)),
             )
 
 

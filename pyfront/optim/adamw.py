@@ -29,8 +29,8 @@ class AdamW(torch.optim.AdamW):
     GradScaler's scale is taken inside the kernel, and gradients are left as they are, scaled and unclipped.
 
     Args:
-        params, lr, betas, eps, weight_decay, amsgrad: as in torch, and so maximize, foreach, capturable, differentiable,
-            fused.
+        params, lr, betas, eps, weight_decay, amsgrad: as in torch, and so are maximize, foreach, capturable,
+            differentiable and fused.
         max_grad_norm: clips the gradients of all groups together to this 2-norm, as torch.nn.utils.clip_grad_norm_
             does, inside the step. After a step `grad_norm` is the norm before clipping, a 0-dimensional tensor on the
             parameters' device. None or 0: neither.
@@ -159,8 +159,8 @@ class AdamW(torch.optim.AdamW):
         if max_grad_norm:
             norm = self.grad_norm = tables.grad_norm(grad_scale)
         for table in tables.tables:
-            scalars = (None if t is None else t.to(table.device) for t in (grad_scale, found_inf, norm))
-            table.step(hypers, *scalars, max_grad_norm)
+            scale, inf, total = (None if t is None else t.to(table.device) for t in (grad_scale, found_inf, norm))
+            table.step(hypers, scale, inf, total, max_grad_norm)
         if not tables.forget_grads():
             del self._tables
         return loss
@@ -194,14 +194,17 @@ class _Tables:
                 grad = grads[number]
                 if grad is not None:
                     fresh[p] = state = _state.complete(optimizer.state.get(p, {}), p, form, number)
+                    m, v = form.moments(p)
                     row = Row(
                         local(p),
                         local_grad(grad, p),
-                        *(local(state[name]) for name in form.moments(p)),
+                        local(state[m]),
+                        local(state[v]),
                         local(state["max_exp_avg_sq"]) if form.amsgrad else None,
                         state["step"],
                         local(state.get(form.master_name)),
-                        *(state.get("absmax1"), state.get("absmax2")),
+                        state.get("absmax1"),
+                        state.get("absmax2"),
                         lr=_on_gpu(group["lr"], p.device),
                         group=index,
                         key=None if form.seed is None else number << 32 | form.seed,
