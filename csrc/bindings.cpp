@@ -5,6 +5,7 @@
 #include <array>
 
 #include "adamw.h"
+#include "bindings_tensors.h"
 #include "cpu/dispatch.h"
 #include "dora.h"
 #include "flash_attention.h"
@@ -74,6 +75,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("isa_built", &fusetune::cpu::isa_built);
   m.def("isa_available", &fusetune::cpu::isa_available);
   m.def("set_isa", &fusetune::cpu::set_isa, "level"_a);
+
+  m.def(
+      "read_tensors",
+      [](py::handle api, py::handle tensor, py::handle parameter, py::list objects, uintptr_t out, int64_t room) {
+        using fusetune::TensorReader;
+        return TensorReader(api.ptr(), tensor.ptr(), parameter.ptr(), (int64_t*)out, room).list(objects.ptr());
+      },
+      "api"_a, "tensor"_a, "parameter"_a, "objects"_a, "out"_a, "room"_a);
 
   m.def("lora_forward", cpu_launcher(fusetune::cpu::lora_forward), "x"_a, "s"_a, "adapters"_a, "factors"_a,
         "adapter_count"_a, "projections"_a, "projection_count"_a, "M"_a, "K"_a, "x_row"_a, "dtype"_a, "adapter_dtype"_a,

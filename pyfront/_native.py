@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from array import array
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import torch  # before the extension: its libgomp is then the process's only OpenMP runtime
 from torch import Tensor
@@ -45,6 +47,39 @@ def why_not() -> str | None:
 def address(tensor: Tensor | None) -> int:
     """The data pointer, 0 for None. The caller keeps the tensor alive until the native call returns."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+READ_FIELDS = 3
+
+
+def read_tensors(objects: list[Any], out: array[int]) -> bool:
+    """Reads where the memory of many tensors is and what it holds, without a call in Python for each.
+
+    Args:
+        objects: tensors and parameters, and dicts that stand for their values.
+        out: [READ_FIELDS, tensors] is written here: addresses; numbers of elements; kinds, which are equal for equal
+            dtype, device and contiguity.
+
+    Returns:
+        False where something else is among them, a subclass perhaps, or a tensor without memory, or their number is
+        not that of `out`. Then `out` is undefined.
+    """
+    api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    room = len(out) // READ_FIELDS
+    if api is not None:
+        address = out.buffer_info()[0]
+        return bool(extension().read_tensors(api, torch.Tensor, torch.nn.Parameter, objects, address, room))
+    # torch before 2.10
+    tensors = [t for o in objects for t in (o.values() if isinstance(o, dict) else (o,))]
+    if len(tensors) != room or not all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors):
+        return False
+    try:
+        out[:room] = array("q", [t.data_ptr() for t in tensors])
+    except RuntimeError:
+        return False
+    out[room : 2 * room] = array("q", [t.numel() for t in tensors])
+    out[2 * room :] = array("q", [hash((t.dtype, t.device, t.is_contiguous())) for t in tensors])
+    return True
 
 
 def code(dtype: torch.dtype) -> int:

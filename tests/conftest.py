@@ -75,6 +75,8 @@ def _seeded():
 
 
 def mentions(value, dtype):
+    """Of AdamW's formats, what they round to nearest counts (steps.py)."""
+    value = getattr(value, "rounded_to", value)
     return value is dtype or (isinstance(value, tuple) and dtype in value)
 
 

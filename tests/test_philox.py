@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fusetune.ops.philox import GROUP, ROUNDS, draw_seed, keep_mask, kept_scale, philox4x32, threshold
+from fusetune.ops.philox import GROUP, ROUNDS, draw_seed, keep_mask, kept_scale, philox4x32, random_bits, threshold
 
 SIDE = 256  # of the masks whose statistics are taken
 ONES, PI = (0xFFFFFFFF,) * 6, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
@@ -30,14 +30,16 @@ def test_known_answers_of_random123(rounds, counter_and_key, words):
 
 @pytest.mark.parametrize("row", [0, 5, 2**32 - 1, 2**32, (3 << 32) | 17, 2**62])
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, 0x123456789ABCDEF])
-def test_a_mask_element_is_the_documented_piece_of_the_documented_counter(row, seed):
+def test_an_element_is_the_documented_piece_of_the_documented_counter(row, seed):
     cols, p = 300, 0.3
     mask = keep_mask(seed, torch.tensor([row]), cols, p)[0]
+    random = random_bits(seed, torch.tensor([row]), cols)[0]
     for col in (0, 15, 16, 31, 127, 128, 143, 255, 256, 299):
         counter = (16 * (col // 128) + col % 16, row % 2**32, row // 2**32, 0)
         words = philox4x32(tuple(torch.tensor([c]) for c in counter), (seed % 2**32, seed // 2**32), 7)
         piece = col % 128 // 16
         bits = int(words[piece // 2]) >> 16 * (piece % 2) & 0xFFFF
+        assert random[col] == bits, f"column {col}"
         assert bool(mask[col]) == (bits >= threshold(p)), f"column {col}"
     assert (ROUNDS, GROUP) == (7, 128)
 
@@ -64,6 +66,27 @@ def test_kept_fraction(p):
     # rows and columns by themselves: of 2 SIDE means the largest is below 5 deviations
     for dim in (0, 1):
         assert (mask.double().mean(dim) - (1 - realised)).abs().max() < 5 * deviation / math.sqrt(SIDE)
+
+
+def test_bits_are_uniform_and_each_bit_a_fair_coin():
+    """Counts of the upper and of the lower 8 bits: chi-squared of 255 degrees of freedom, within 5 deviations."""
+    bits = random_bits(11, torch.arange(SIDE), SIDE)
+    assert bits.shape == (SIDE, SIDE)
+    assert bits.dtype == torch.int64
+    assert 0 <= bits.min() <= bits.max() <= 65535
+    for byte in (bits >> 8, bits & 255):
+        counts = byte.flatten().bincount(minlength=256).double()
+        assert abs(((counts - SIDE) ** 2 / SIDE).sum() - 255) < 5 * math.sqrt(2 * 255)
+    for place in range(16):
+        assert abs((bits >> place & 1).double().mean() - 0.5) < 4 * 0.5 / SIDE
+
+
+def test_a_row_may_be_one_number_and_bits_a_prefix_of_longer_ones():
+    row = torch.tensor(3 << 56 | 7)
+    bits = random_bits(2**63 - 1, row, 300)
+    assert bits.shape == (300,)
+    assert torch.equal(bits[:131], random_bits(2**63 - 1, row, 131))
+    assert torch.equal(bits, random_bits(2**63 - 1, row[None], 300)[0])
 
 
 @pytest.mark.parametrize("shift", [(0, 1), (0, 16), (0, 32), (0, 128), (1, 0), (1, 1), (48, 0)])

@@ -28,7 +28,7 @@ LAYERS = (
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}
 
 # The words that name ops are those of the contracts; these headers and files are shared by several.
-SHARED = {"dtype", "philox", "dispatch", "device", "__init__"}
+SHARED = {"bindings_tensors", "dtype", "philox", "dispatch", "device", "__init__"}
 OPS = {path.stem for path in (ROOT / "csrc").glob("*.h")} - SHARED
 
 PYTHON = sorted(path for folder in ("pyfront", "kernels") for path in (ROOT / folder).rglob("*.py"))
@@ -118,7 +118,7 @@ def test_kernels_is_not_a_package():
 def test_native_code_knows_neither_torch_nor_python(path):
     included = re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
     assert not [header for header in included if re.match(r"(torch|ATen|c10|caffe2)/", header)]
-    if path.name != "bindings.cpp":
+    if not path.name.startswith("bindings"):
         assert not [header for header in included if header.startswith("pybind11/") or header == "Python.h"]
     if path.parent.name == "cpu":
         assert not [header for header in included if "cuda" in header]
@@ -136,7 +136,7 @@ def test_one_word_names_an_op():
     }
     for pattern, words in folders.items():
         for path in ROOT.glob(pattern):
-            part = r"_(cuda|gpu|backends|bnb|t5|tile|bias|table|torch|sm\d+a?)$"
+            part = r"_(cuda|gpu|backends|table|bnb|t5|tile|bias|torch|sm\d+a?)$"
             word = re.sub(rf"^bench_|^_(?=\w+_(cuda|gpu|backends|table|sm\d+a?)$)|{part}", "", path.stem)
             assert word in words | SHARED, f"{name_of(path)}: an op's files have the name of its contract csrc/<op>.h"
 

@@ -7,6 +7,8 @@ from oracle import assert_right, compare
 
 from fusetune import ops
 from fusetune.ops import philox
+from fusetune.ops.adamw import adamw_grad_norm, join
+from fusetune.ops.quantize import dynamic_map
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -14,9 +16,10 @@ import triton.language as tl  # noqa: E402
 import triton_compile  # noqa: E402
 
 from fusetune.kernels import lora  # noqa: E402
-from fusetune.kernels.philox import dropped, keep_mask  # noqa: E402
+from fusetune.kernels.philox import dropped, keep_mask, random_bits  # noqa: E402
 
-FP32, FP16 = torch.float32, torch.float16  # the interpreter computes bfloat16 products wrongly: those are compiled only
+# The interpreter computes bfloat16 products wrongly, and truncates to bfloat16: those are compiled only.
+FP32, FP16, BF16, CODES = torch.float32, torch.float16, torch.bfloat16, torch.uint8
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 
@@ -44,6 +47,21 @@ def test_mask_is_the_oracles_bit_for_bit(cols, p):
         )
         rows = (row_high << 32) + first_row + torch.arange(16)
         assert torch.equal(out.bool().cpu(), philox.keep_mask(seed, rows, 384, p))
+
+
+@triton.jit
+def bits_kernel(out, seed, row_low, row_high, first_group):
+    row = tl.arange(0, 4)[:, None]
+    bits = random_bits(tl.load(seed), row_low, row_high, first_group + row)
+    tl.store(out + row * 128 + tl.arange(0, 128)[None, :], bits.to(tl.int32))
+
+
+def test_random_bits_are_the_oracles():
+    for seed, row_high, row_low in ((0, 0, 1), (2**63 - 1, 3 << 24, 2**24), (-(2**40) - 3, 1 << 24, 17)):
+        out = torch.zeros(512, dtype=torch.int32, device=DEVICE)
+        bits_kernel[(1,)](out, torch.tensor([seed], device=DEVICE), row_low, row_high, 5)
+        expected = philox.random_bits(seed, torch.tensor(row_high << 32 | row_low), 9 * 128)[5 * 128 :]
+        assert torch.equal(out.long().cpu(), expected)
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-6, 0.1, 0.5, 1.0])
@@ -131,7 +149,7 @@ def test_attention(H, Hkv, Sq, Sk, D, dtype, causal, pad, dropout_p):
     compare(ops.flash_attention, ops.flash_attention_reference, inputs, do, dropout_p=dropout_p, **options)
 
 
-def adamw_columns(sizes, dtypes, amsgrad, offset):
+def adamw_columns(sizes, dtypes, amsgrad, offset=0):
     """Parameters, gradients, averages, largest averages, step counts; addresses are `offset` elements past aligned."""
 
     def column(value):
@@ -146,21 +164,23 @@ def adamw_columns(sizes, dtypes, amsgrad, offset):
     ("sizes", "dtypes", "offset", "amsgrad", "options"),
     [
         ((1, 0, 17, 1023, 1024, 1025, 8191, 8193, 20000), (FP32,), 0, False, {}),  # either side of a block and an item
-        ((1, 0, 17, 8192, 9000), (FP32, FP16), 0, True, {"maximize": True}),
-        ((5, 3000), (FP16, FP32), 1, False, {"beta1": 0.0, "weight_decay": 0.0}),
-        ((0,), (FP32,), 0, False, {}),
+        ((1, 0, 17, 8192, 9000), (FP32, FP16), 0, True, {"maximize": True, "max_grad_norm": 0.3}),
+        ((5, 3000), (FP16, FP32), 1, False, {"beta1": 0.0, "weight_decay": 0.0, "lr": torch.tensor(0.02)}),
+        ((0,), (FP32,), 0, False, {"max_grad_norm": 1.0}),
     ],
     ids=str,
 )
 def test_adamw(sizes, dtypes, offset, amsgrad, options):
     dtypes = [dtypes[i % len(dtypes)] for i in range(len(sizes))]
     options = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "eps": 1e-8, "amsgrad": amsgrad} | options
+    options = {name: x.to(DEVICE) if torch.is_tensor(x) else x for name, x in options.items()}
     options["grad_scale"] = torch.tensor(4.0, device=DEVICE)
     got = adamw_columns(sizes, dtypes, amsgrad, offset)
-    exact = [[t.double() for t in column] for column in got]
     for _ in range(3):
         plain = [[t.clone() for t in column] for column in got]
         exact = [[t.double() for t in column] for column in got]
+        if "max_grad_norm" in options:
+            options["grad_norm"] = adamw_grad_norm(got[1], options["grad_scale"])
         ops.adamw_step(*got, **options)
         ops.adamw_step_reference(*plain, **options)
         ops.adamw_step_reference(*exact, **options)
@@ -172,12 +192,140 @@ def test_adamw(sizes, dtypes, offset, amsgrad, options):
             gradient.normal_()
 
 
+def adamw_lists(sizes, dtype, state, kept):
+    """Lists of tensors, by the names of the arguments, with states of zero."""
+    code_of_zero = {"exp_avgs": 127, "exp_avg_sqs": 0}
+    lists = {name: [torch.randn(n).to(DEVICE, dtype) for n in sizes] for name in ("params", "grads")}
+    for name, code in code_of_zero.items():
+        lists[name] = [torch.full([n], code if state == CODES else 0, dtype=state, device=DEVICE) for n in sizes]
+    lists |= {"max_exp_avg_sqs": [], "state_steps": [torch.zeros((), device=DEVICE) for _ in sizes]}
+    if kept == "master":
+        lists["masters"] = [p.float() for p in lists["params"]]
+    if kept == "split":
+        lists["masters"] = [torch.randint(-(2**15), 2**15, [n]).to(DEVICE, torch.int16) for n in sizes]
+    if kept == "stochastic":
+        lists["keys"] = [(-1) ** i * (2**62 - i) for i in range(len(sizes))]
+    if state == CODES:
+        lists |= {name: [torch.zeros(-(-n // 256), device=DEVICE) for n in sizes] for name in ("absmaxs", "absmax_sqs")}
+    return lists
+
+
+def copied(lists):
+    return {name: [t.clone() if torch.is_tensor(t) else t for t in column] for name, column in lists.items()}
+
+
+def assert_nearest(codes, absmax, x, signed):
+    """Seven roundings of value / absmax, and three of the values of codes, make the choice between two codes."""
+    y = x.double() / absmax.repeat_interleave(256)[: len(x)].clamp(min=torch.finfo(FP32).tiny)
+    error = (dynamic_map(signed).to(DEVICE, torch.float64) - y[:, None]).abs()
+    chosen = error.gather(1, codes.long()[:, None])[:, 0]
+    assert (chosen <= error.amin(1) + 10 * torch.finfo(FP32).eps * y.abs()).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "state", "kept"),
+    [
+        (FP32, CODES, None),
+        (FP16, FP32, "master"),
+        (FP16, CODES, "master"),
+        (BF16, FP32, "split"),
+        (BF16, CODES, "split"),
+        (BF16, BF16, "stochastic"),
+        (BF16, FP32, "stochastic"),
+        (BF16, CODES, "stochastic"),
+        (FP32, BF16, "stochastic"),
+    ],
+    ids=str,
+)
+def test_adamw_stores_what_the_format_says(dtype, state, kept):
+    """Both averages are functions of the gradient alone, with one rounding each, and where that is 0 so is the update;
+    what is stored of them is known to the bit."""
+    got = adamw_lists((1, 0, 255, 257, 1025, 8193), dtype, state, kept)
+    for g in got["grads"]:
+        g *= torch.randint(2, g.shape, device=DEVICE) * 10.0 ** torch.randint(-4, 2, g.shape, device=DEVICE)
+    plain = copied(got)
+    options = {"lr": 2**-7, "beta1": 0.0, "beta2": 0.0, "weight_decay": 0.3, "eps": 1e-8}
+    options["grad_scale"] = torch.tensor(3.0, device=DEVICE)
+    ops.adamw_step(**got, **options)
+    ops.adamw_step_reference(**plain, **options)
+
+    for i, g in enumerate(got["grads"]):
+        tensors = [{name: column[i] for name, column in lists.items() if column} for lists in (got, plain)]
+        if state == CODES:
+            m = g.float() / 3
+            assert_nearest(tensors[0]["exp_avgs"], tensors[0]["absmaxs"], m, True)
+            assert_nearest(tensors[0]["exp_avg_sqs"], tensors[0]["absmax_sqs"], m * m, False)
+        for name in ("absmaxs", "absmax_sqs") if state == CODES else ("exp_avgs", "exp_avg_sqs"):
+            assert torch.equal(tensors[0][name], tensors[1][name]), name
+        wide = [join(t["params"], t["masters"]) if kept == "split" else t.get("masters", t["params"]) for t in tensors]
+        assert torch.equal(wide[0][g == 0], wide[1][g == 0])
+        assert_right("p", *wide, wide[1].double())
+        if kept == "split":
+            assert (tensors[0]["params"].float() - wide[0]).abs().le(wide[0].abs() * torch.finfo(BF16).eps / 2).all()
+        elif kept == "master":
+            assert torch.equal(tensors[0]["params"], wide[0].to(dtype))
+
+
+def test_adamw_reads_codes():
+    """Halved, an average keeps its codes."""
+    got = adamw_lists((1, 256, 8300), FP32, CODES, None)
+    for i, g in enumerate(got["grads"]):
+        g.zero_()
+        for name, absmax in (("exp_avgs", "absmaxs"), ("exp_avg_sqs", "absmax_sqs")):
+            got[name][i].random_(0, 256)[::256] = 255
+            got[absmax][i].exponential_()
+        got["absmax_sqs"][i][-1] = 2.0**-130  # whose reciprocal is not finite
+    plain = copied(got)
+    options = {"lr": 0.01, "beta1": 0.5, "beta2": 0.5, "weight_decay": 0.1, "eps": 1e-8}
+    before = copied(got)
+    ops.adamw_step(**got, **options)
+    ops.adamw_step_reference(**plain, **options)
+    for i, p in enumerate(got["params"]):
+        assert_right("p", p, plain["params"][i], plain["params"][i].double())
+        assert torch.equal(got["exp_avgs"][i], before["exp_avgs"][i])
+        assert torch.equal(got["exp_avg_sqs"][i], before["exp_avg_sqs"][i])
+        assert torch.equal(got["absmaxs"][i], before["absmaxs"][i] / 2)
+        assert torch.equal(got["absmax_sqs"][i], before["absmax_sqs"][i] / 2)
+
+
+@pytest.mark.parametrize("poison", [torch.inf, torch.nan])
+def test_adamw_keeps_what_is_not_finite_out_of_its_block(poison):
+    got = adamw_lists((600,), FP32, CODES, None)
+    got["grads"][0][[3, 599]] = poison
+    clean = copied(got)
+    clean["grads"][0][[3, 599]] = 0
+    options = {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "eps": 1e-8}
+    ops.adamw_step(**got, **options)
+    ops.adamw_step(**clean, **options)
+    assert got["params"][0].isnan().nonzero().flatten().tolist() == [3, 599]
+    for name in ("exp_avgs", "exp_avg_sqs", "absmaxs", "absmax_sqs"):
+        assert torch.equal(got[name][0], clean[name][0])
+
+
 def test_adamw_leaves_all_as_it_was_where_an_infinity_was_found():
-    got = adamw_columns((5, 9000), (FP32, FP16), True, 0)
+    got = adamw_columns((5, 9000), (FP32, FP16), True)
     before = [[t.clone() for t in column] for column in got]
     options = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "eps": 1e-8, "amsgrad": True}
     ops.adamw_step(*got, **options, found_inf=torch.ones(1, device=DEVICE))
     assert all(torch.equal(a, b) for old, new in zip(before, got, strict=True) for a, b in zip(old, new, strict=True))
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_adamw_grad_norm(offset):
+    grads = adamw_columns((0, 1, 1023, 1024, 8193, 20000), (FP32, FP16, FP32, FP32, FP16, FP32), False, offset)[1]
+    scale = torch.tensor(3.0, device=DEVICE)
+    norm, exact = adamw_grad_norm(grads, scale), torch.cat([g.double() for g in grads]).norm() / 3
+    assert (norm.double() - exact).abs() <= exact * torch.finfo(FP32).eps / 2 * 1.001  # sums are in float64
+    assert torch.equal(adamw_grad_norm(grads, scale), norm)
+    grads[4][8000] = torch.nan
+    assert adamw_grad_norm(grads, scale).isnan()
+
+
+def test_adamw_passes_a_norm_that_is_nan_on():
+    got = adamw_columns((5, 9), (FP32, FP16), False)
+    options = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "eps": 1e-8, "max_grad_norm": 1.0}
+    ops.adamw_step(*got, **options, grad_norm=torch.full([1], torch.nan, device=DEVICE))
+    assert all(p.isnan().all() for p in got[0])
 
 
 def jobs():

@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from fusetune._native import DTYPES
 from fusetune.kernels import adamw, device, dora, flash_attention, lora, quantize
+from fusetune.ops._adamw_table import INT8, MASTER, PLAIN, SPLIT, STOCHASTIC
 from fusetune.ops._flash_attention_backends import Arguments
 
 # Of the AMD code object: registers with the accumulation registers, and bytes of scratch memory a thread.
@@ -98,11 +99,30 @@ def attention_case(dtype: torch.dtype, B: int, H: int, Hkv: int, S: int, D: int,
     flash_attention.backward(q, None, q, k, v, arguments, q, lse, q, k, v, *needed)
 
 
-def adamw_case(dtype: torch.dtype, amsgrad: bool, aligned: bool) -> None:
+ADAMW = {  # dtype, m and v's code, how the parameter is kept, amsgrad, aligned
+    "adamw fp32": (torch.float32, 0, PLAIN, False, True),
+    "adamw fp32, amsgrad, unaligned": (torch.float32, 0, PLAIN, True, False),
+    "adamw fp32, 8 bits": (torch.float32, INT8, PLAIN, False, True),
+    "adamw fp32, bf16 states, stochastic": (torch.float32, 1, STOCHASTIC, True, True),
+    "adamw bf16": (torch.bfloat16, 1, PLAIN, False, True),
+    "adamw bf16, stochastic": (torch.bfloat16, 1, STOCHASTIC, True, True),
+    "adamw bf16, stochastic, unaligned": (torch.bfloat16, 1, STOCHASTIC, True, False),
+    "adamw bf16, fp32 states, split": (torch.bfloat16, 0, SPLIT, True, True),
+    "adamw bf16, 8 bits": (torch.bfloat16, INT8, PLAIN, False, True),
+    "adamw bf16, 8 bits, stochastic, unaligned": (torch.bfloat16, INT8, STOCHASTIC, False, False),
+    "adamw bf16, 8 bits, split": (torch.bfloat16, INT8, SPLIT, False, True),
+    "adamw fp16, amsgrad, unaligned": (torch.float16, 2, PLAIN, True, False),
+    "adamw fp16, fp32 states, master": (torch.float16, 0, MASTER, True, True),
+}
+
+
+def adamw_case(dtype: torch.dtype, state: int, weights: int, amsgrad: bool, aligned: bool) -> None:
     address = 16 if aligned else 2
-    row = [address] * 4 + [address if amsgrad else 0, address, 4096, DTYPES[dtype], 0]
-    one = torch.ones(1)
-    adamw.step(torch.tensor([row]), torch.zeros(1, 6, dtype=torch.float64), torch.device("cpu"), one, one)
+    row = [address] * 4 + [address if amsgrad else 0] + [address] * 5
+    row += [4096, DTYPES[dtype] | state << 4 | weights << 8, 0, 1]
+    table, one = torch.tensor(row)[:, None], torch.ones(1)
+    adamw.step(table, torch.zeros(1, 6, dtype=torch.float64), one.device, one, one, one, 1.0)
+    adamw.grad_norm(table, one.device, one, one)
 
 
 def quantize_case(dtype: torch.dtype, bits: int) -> None:
@@ -143,8 +163,8 @@ def cases() -> dict[str, Callable[[], None]]:
             )
         for bits, quantized in ((4, "nf4"), (8, "int8")):
             found[f"quantize {quantized}, {name}"] = lambda d=dtype, bits=bits: quantize_case(d, bits)
-        found[f"adamw {name}"] = lambda d=dtype: adamw_case(d, False, True)
-        found[f"adamw {name}, amsgrad, unaligned"] = lambda d=dtype: adamw_case(d, True, False)
+    for name, options in ADAMW.items():
+        found[name] = lambda options=options: adamw_case(*options)
     # Sizes of one become constants of the kernel.
     found["lora fp32, sizes of one"] = lambda: lora_case(torch.float32, torch.float32, 1, 1, 1, 1, 0.0)
     found["dora fp32, sizes of one"] = lambda: dora_case(torch.float32, torch.float32, 1, 1, 1, 1)

@@ -26,9 +26,16 @@ template <int kDtype>
 struct Half {
   using Element = uint16_t;
   static Pair load(const uint16_t* p) { return {load_as_float(p, kDtype), load_as_float(p + W, kDtype)}; }
-  static void store(uint16_t* p, Pair x, bool) {
-    store_from_float(p, x.a, kDtype);
-    store_from_float(p + W, x.b, kDtype);
+  static void store(uint16_t* p, Pair x, bool may_be_nan) {
+    u16v v[2];
+    for (int i = 0; i < 2; i++) {
+      const f32v half = i ? x.b : x.a;
+      if (kDtype == kFloat16)
+        v[i] = to_float16(half);
+      else
+        v[i] = may_be_nan ? to_bfloat16(half) : narrow(rounded_to_bfloat16(half) >> 16);
+    }
+    memcpy(p, v, sizeof v);
   }
 };
 using BFloat16 = Half<kBFloat16>;
@@ -81,9 +88,8 @@ FUSETUNE_INLINE f32v stepped(const AdamwScalars& s, f32v p, f32v m, f32v largest
   return p * s.decay + s.negative_step_size * m / (root + s.eps);
 }
 FUSETUNE_INLINE f32v effective(const AdamwScalars& s, f32v g) {
-  g = g * s.sign;
   if (s.grad_scale != 1) g = g / s.grad_scale;
-  return s.clip != 1 ? g * s.clip : g;
+  return g * (s.sign * s.clip);
 }
 FUSETUNE_INLINE void advance(const AdamwScalars& s, f32v g, f32v& m, f32v& v) {
   m = fma(splat(s.lerp), g - m, s.lerp_from_grad ? g : m);
@@ -147,7 +153,7 @@ FUSETUNE_INLINE void update_pair(const AdamwScalars& s, const At<P, M>& t, const
   }
   p.a = stepped<kDivides>(s, p.a, m.a, largest.a);
   p.b = stepped<kDivides>(s, p.b, m.b, largest.b);
-  const bool nan = any_nan(p.a) || any_nan(p.b);  // a NaN anywhere has reached p
+  const bool nan = any_nan(p);  // a NaN anywhere has reached p
   store_weights<P, kWeights>(t.param, t.wide, p, nan, random, c);
   const auto keep = [&](int kind, typename M::Element* to, Pair x) {
     if constexpr (kRandom)
@@ -208,13 +214,12 @@ void update_block(const AdamwScalars& s, const At<P, Codes>& t, float* absmax, f
       store(m + at, mean);
       store(v + at, square);
       bits_m = max(bits_m, (u32v)mean << 1);
-      bits_v = max(bits_v, (u32v)square << 1);
+      bits_v = max(bits_v, (u32v)square);  // not negative, but for a NaN
     }
-    const bool nan = any_nan(p.a) || any_nan(p.b);
-    store_weights<P, kWeights>(t.param + i, wide, p, nan, random[i / kMaskGroup], i % kMaskGroup);
+    store_weights<P, kWeights>(t.param + i, wide, p, any_nan(p), random[i / kMaskGroup], i % kMaskGroup);
   }
   *absmax = encode_block<SignedCodes>(signed_tables, m, bits_m, t.exp_avg);
-  *absmax_sq = encode_block<UnsignedCodes>(unsigned_tables, v, bits_v, t.exp_avg_sq);
+  *absmax_sq = encode_block<UnsignedCodes>(unsigned_tables, v, bits_v << 1, t.exp_avg_sq);
 }
 
 // ---- rows of the table ----
@@ -421,15 +426,11 @@ namespace {
 
 // In 16 sums, element i in sum i mod 16, whatever the level's vectors: the bits are the same everywhere.
 double sum_of_squares(const void* p, int dtype, int64_t n) {
-  typedef double f64v __attribute__((vector_size(4 * W)));
-  typedef float half __attribute__((vector_size(2 * W)));
   constexpr int kSums = 32 / W;  // vectors of W / 2 doubles
   f64v sums[kSums] = {};
   const auto add = [&](const float* x) {
     for (int i = 0; i < kSums; i++) {
-      half h;
-      memcpy(&h, x + i * (W / 2), sizeof h);
-      const f64v d = __builtin_convertvector(h, f64v);
+      const f64v d = load_as_double(x + i * (W / 2));
       sums[i] += d * d;
     }
   };

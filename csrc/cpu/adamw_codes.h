@@ -51,15 +51,18 @@ struct CodeTables {
     }
   }
 
-  // f of x from 0 to 1; all below 2^-23 are 0
-  __attribute__((always_inline)) i32v number(f32v x) const {
+  // f, to be rounded, of x from 0 to 1; all below 2^-23 are 0
+  __attribute__((always_inline)) f32v number(f32v x) const {
     x = max(splat(0x1p-23f), x);
     const i32v exponent = (i32v)x >> 23;
     const i32v p = (i32v)lookup32((const float*)piece, exponent) - (i32v)(x >= lookup32(next, exponent));
-    const f32v f = fma(lookup16(inverse_slope, p), x, lookup16(inverse_offset, p));
-    return to_nearest(min(f, lookup16(last, p)));
+    return min(fma(lookup16(inverse_slope, p), x, lookup16(inverse_offset, p)), lookup16(last, p));
   }
 };
+
+FUSETUNE_INLINE f32v with_sign(f32v magnitude, f32v sign) {  // or the other way round, for a negative one
+  return (f32v)((i32v)magnitude ^ ((i32v)sign & (int32_t)0x80000000));
+}
 
 // slope and offset times absmax: value = slope f + offset
 struct Decoder {
@@ -72,9 +75,10 @@ struct Decoder {
       store(offset + i, load(t.offset + i) * absmax);
     }
   }
+  // The value that has the sign of f
   __attribute__((always_inline)) f32v value(f32v f) const {
     const i32v exponent = (i32v)f >> 23;
-    return fma(lookup16(slope, exponent), f, lookup16(offset, exponent));
+    return fma(lookup16(slope, exponent), f, with_sign(lookup16(offset, exponent), f));
   }
 };
 
@@ -82,20 +86,18 @@ struct UnsignedCodes {
   using Tables = CodeTables<2>;
   static constexpr int kZero = 0;
   FUSETUNE_INLINE f32v decode(const Decoder& d, i32v code) { return d.value(to_float(code + 1)); }
-  FUSETUNE_INLINE i32v encode(const Tables& t, f32v x) { return t.number(x) - 1; }
+  FUSETUNE_INLINE i32v encode(const Tables& t, f32v x) { return to_nearest(t.number(x)) - 1; }
 };
 struct SignedCodes {
   using Tables = CodeTables<1>;
   static constexpr int kZero = 127;
   FUSETUNE_INLINE f32v decode(const Decoder& d, i32v code) {
-    const f32v f = to_float(code - kZero), magnitude = (f32v)((i32v)f & 0x7FFFFFFF);
-    const i32v value = (i32v)d.value(magnitude) | ((i32v)f & (int32_t)0x80000000);
-    return (f32v)(value & (code != kZero));
+    const f32v f = to_float(code - kZero);
+    return (f32v)((i32v)d.value(f) & (f != 0));
   }
   FUSETUNE_INLINE i32v encode(const Tables& t, f32v x) {
-    const i32v f = t.number((f32v)((i32v)x & 0x7FFFFFFF)), negative = (i32v)x >> 31;
-    const i32v code = kZero + ((f ^ negative) - negative);
-    return code < 0 ? splat(0) : code;  // there is no -1
+    const f32v f = t.number((f32v)((i32v)x & 0x7FFFFFFF));
+    return max(kZero + to_nearest(with_sign(f, x)), i32v{});  // there is no -1
   }
 };
 
@@ -122,9 +124,13 @@ float encode_block(const typename Codes::Tables& tables, float* x, u32v bits, ui
   float absmax;
   largest >>= 1;
   memcpy(&absmax, &largest, 4);
-  const float scale = absmax < 0x1p-126f ? 0x1p64f : 1.0f;  // 1 / absmax is finite from 2^-126 on
-  const float inverse = 1 / (absmax * scale);
-  for (int i = 0; i < kQuantBlock; i += W) store_bytes(codes + i, Codes::encode(tables, load(x + i) * scale * inverse));
+  float scaled = absmax;
+  if (absmax < 0x1p-126f) {  // where 1 / absmax is not finite
+    scaled *= 0x1p64f;
+    for (int i = 0; i < kQuantBlock; i++) x[i] *= 0x1p64f;
+  }
+  const float inverse = 1 / scaled;
+  for (int i = 0; i < kQuantBlock; i += W) store_bytes(codes + i, Codes::encode(tables, load(x + i) * inverse));
   return absmax;
 }
 

@@ -38,6 +38,7 @@ typedef float f32v __attribute__((vector_size(4 * W)));
 typedef int32_t i32v __attribute__((vector_size(4 * W)));
 typedef uint32_t u32v __attribute__((vector_size(4 * W)));
 typedef uint64_t u64v __attribute__((vector_size(4 * W)));
+typedef double f64v __attribute__((vector_size(4 * W)));
 typedef uint16_t u16v __attribute__((vector_size(2 * W)));
 typedef uint8_t u8v __attribute__((vector_size(W)));
 typedef uint16_t u16w __attribute__((vector_size(4 * W)));
@@ -180,16 +181,20 @@ FUSETUNE_INLINE u64v multiply_low_words(u64v a, uint32_t m) {
 #endif
 }
 
-// Lanes from and to 16 bits. GCC 12 builds the conversions for AVX2 from several shuffles: hence the intrinsics.
+// Lanes from and to 16 bits. GCC 12 builds the conversions from several shuffles: hence the intrinsics.
 FUSETUNE_INLINE u32v widen(u16v v) {
-#if FUSETUNE_X86 && !defined(__AVX512F__)
+#if FUSETUNE_X86 && defined(__AVX512F__)
+  return (u32v)_mm512_cvtepu16_epi32((__m256i)v);
+#elif FUSETUNE_X86
   return (u32v)_mm256_cvtepu16_epi32((__m128i)v);
 #else
   return __builtin_convertvector(v, u32v);
 #endif
 }
 FUSETUNE_INLINE u16v narrow(u32v v) {
-#if FUSETUNE_X86 && !defined(__AVX512F__)
+#if FUSETUNE_X86 && defined(__AVX512F__)
+  return (u16v)_mm512_cvtepi32_epi16((__m512i)v);
+#elif FUSETUNE_X86
   return (u16v)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
 #else
   return __builtin_convertvector(v, u16v);
@@ -198,21 +203,22 @@ FUSETUNE_INLINE u16v narrow(u32v v) {
 
 // Lanes from and to 8 bits.
 FUSETUNE_INLINE i32v load_bytes(const uint8_t* p) {
+#if FUSETUNE_X86 && defined(__AVX512F__)
+  return (i32v)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif FUSETUNE_X86
+  return (i32v)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
   u8v v;
   memcpy(&v, p, sizeof v);
-#if FUSETUNE_X86 && !defined(__AVX512F__)
-  int64_t bits;
-  memcpy(&bits, p, sizeof bits);
-  return (i32v)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits));
-#else
   return __builtin_convertvector(v, i32v);
 #endif
 }
 FUSETUNE_INLINE void store_bytes(uint8_t* p, i32v x) {  // x from 0 to 255
-#if FUSETUNE_X86 && !defined(__AVX512F__)
-  const u16v half = narrow((u32v)x);
-  const __m128i bytes = _mm_packus_epi16((__m128i)half, (__m128i)half);
-  memcpy(p, &bytes, W);
+#if FUSETUNE_X86 && defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)x));
+#elif FUSETUNE_X86
+  const __m128i half = (__m128i)narrow((u32v)x);
+  _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(half, half));
 #else
   const u8v v = __builtin_convertvector(x, u8v);
   memcpy(p, &v, sizeof v);
@@ -246,6 +252,17 @@ FUSETUNE_INLINE f32v lookup32(const float* table, i32v index) {
 #endif
 }
 
+FUSETUNE_INLINE f64v load_as_double(const float* p) {  // of W / 2
+#if FUSETUNE_X86 && defined(__AVX512F__)
+  return (f64v)_mm512_cvtps_pd(_mm256_loadu_ps(p));
+#elif FUSETUNE_X86
+  return (f64v)_mm256_cvtps_pd(_mm_loadu_ps(p));
+#else
+  f64v v;
+  for (int i = 0; i < W / 2; i++) v[i] = p[i];
+  return v;
+#endif
+}
 FUSETUNE_INLINE f32v to_float(i32v v) { return __builtin_convertvector(v, f32v); }
 // To the nearest integer, ties to even; |v| < 2^22.
 FUSETUNE_INLINE i32v to_nearest(f32v v) {
@@ -255,6 +272,15 @@ FUSETUNE_INLINE i32v to_nearest(f32v v) {
   return (i32v)_mm256_cvtps_epi32((__m256)v);
 #else
   return (i32v)(v + 12582912.0f) - 0x4B400000;  // 1.5 * 2^23
+#endif
+}
+FUSETUNE_INLINE i32v max(i32v a, i32v b) {
+#if FUSETUNE_X86 && defined(__AVX512F__)
+  return (i32v)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif FUSETUNE_X86
+  return (i32v)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#else
+  return a > b ? a : b;
 #endif
 }
 FUSETUNE_INLINE u32v max(u32v a, u32v b) {
@@ -368,6 +394,15 @@ FUSETUNE_INLINE u16v to_float16(f32v v) {
 struct Pair {
   f32v a, b;
 };
+FUSETUNE_INLINE bool any_nan(Pair x) {
+#if FUSETUNE_X86 && defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x.a, (__m512)x.b, _CMP_UNORD_Q);
+#elif FUSETUNE_X86
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x.a, (__m256)x.b, _CMP_UNORD_Q));
+#else
+  return any_nan(x.a) || any_nan(x.b);
+#endif
+}
 FUSETUNE_INLINE Pair load_pair(const float* p) { return {load(p), load(p + W)}; }
 FUSETUNE_INLINE void store_pair(float* p, Pair x) {
   store(p, x.a);

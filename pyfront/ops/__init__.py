@@ -1,6 +1,6 @@
 """Functional ops. `<op>_reference` is the same in plain torch: the oracle of the tests, and the specification."""
 
-from fusetune.ops.adamw import adamw_step, adamw_step_reference
+from fusetune.ops.adamw import adamw_grad_norm, adamw_grad_norm_reference, adamw_step, adamw_step_reference
 from fusetune.ops.dora import dora_linear, dora_linear_reference
 from fusetune.ops.flash_attention import (
     alibi_bias,
@@ -28,6 +28,8 @@ from fusetune.ops.quantize import (
 __all__ = [
     "Adapter",
     "Projection",
+    "adamw_grad_norm",
+    "adamw_grad_norm_reference",
     "adamw_step",
     "adamw_step_reference",
     "alibi_bias",

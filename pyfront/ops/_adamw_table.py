@@ -46,7 +46,7 @@ def row_format(row: Row) -> int:
     weights = PLAIN
     if row.master is not None:
         weights = SPLIT if row.master.dtype == torch.int16 else MASTER
-    elif row.key is not None and torch.bfloat16 in (row.param.dtype, row.exp_avg.dtype):
+    elif row.key is not None:
         weights = STOCHASTIC
     state = INT8 if row.exp_avg.dtype == torch.uint8 else _native.DTYPES[row.exp_avg.dtype]
     return _native.DTYPES[row.param.dtype] | state << 4 | weights << 8
@@ -58,7 +58,9 @@ def check_row(row: Row, device: torch.device) -> None:
     check_dtype(OP, "params", p)
     check_device(OP, "params", p, device)
     check(
-        grad.layout == torch.strided, TypeError, f"{OP}: grads must be dense, got {grad.layout}; use torch.optim.SparseAdam"
+        grad.layout == torch.strided,
+        TypeError,
+        f"{OP}: grads must be dense, got {grad.layout}; use torch.optim.SparseAdam",
     )
     coded = row.exp_avg.dtype == torch.uint8
     states = [torch.uint8] if coded else sorted({p.dtype, torch.float32, torch.bfloat16}, key=_native.DTYPES.get)
@@ -78,9 +80,19 @@ def check_row(row: Row, device: torch.device) -> None:
                 f"{OP}: {name} must have the parameter's shape {list(p.shape)}, got {list(tensor.shape)}",
             )
             check_device(OP, name, tensor, device)
+    narrow = [torch.bfloat16, torch.float16]
     if row.master is not None:
-        check_dtype(OP, "params with int16 masters" if halves else "params with masters", p, NARROW[0 if halves else 1])
-    check(not (coded and row.largest is not None), NotImplementedError, f"{OP}: amsgrad must be False with 8-bit states")
+        check_dtype(
+            OP, "params with int16 masters" if halves else "params with masters", p, narrow[:1] if halves else narrow
+        )
+    if row.key is not None:
+        check_dtype(OP, "params with keys", p, narrow[:1])
+        check(row.master is None, ValueError, f"{OP}: keys must be empty with masters, which round nothing away")
+    check(
+        not coded or row.largest is None,
+        NotImplementedError,
+        f"{OP}: amsgrad must be False with 8-bit states, got True",
+    )
     blocks = -(-p.numel() // 256)
     for name, tensor in (("absmaxs", row.absmax), ("absmax_sqs", row.absmax_sq)):
         check((tensor is not None) == coded, ValueError, f"{OP}: {name} must be given with 8-bit states, and only then")
@@ -93,19 +105,22 @@ def check_row(row: Row, device: torch.device) -> None:
             )
             check_device(OP, name, tensor, device)
     for name, tensor in (("state_steps", row.step), ("lr", row.lr)):
-        if tensor is not None:
-            check_dtype(OP, name, tensor, [torch.float32])
-            check_device(OP, name, tensor, device)
+        check_scalar(OP, name, tensor, device)
 
 
-NARROW = ([torch.bfloat16], [torch.bfloat16, torch.float16])
+def check_scalar(op: str, name: str, tensor: Tensor | None, device: torch.device) -> None:
+    """Of a float32 number that a kernel reads where it is."""
+    if tensor is not None:
+        check_dtype(op, name, tensor, [torch.float32])
+        check(tensor.numel() == 1, ValueError, f"{op}: {name} must have one element, got {tensor.numel()}")
+        check_device(op, name, tensor, device)
 
 
 class Table:
     """The tensors of one step on one device.
 
-    It keeps its tensors alive. The kernels walk p, grad, m, v, v' and the master element by element in memory order. Tensors that are not laid out
-    alike are copied into the parameter's order; `step` writes the copies back.
+    It keeps its tensors alive. The kernels walk p, grad, m, v, v' and the master element by element in memory order.
+    Tensors that are not laid out alike are copied into the parameter's order; `step` writes the copies back.
 
     Raises:
         As `adamw_step`, from the constructor, when nothing has changed.
@@ -159,10 +174,10 @@ class Table:
                     self._copies.append((t, tensors[name]))
         return row._replace(**tensors)
 
-    def set_grads(self, addresses: list[int], grads: list[Tensor]) -> None:
+    def set_grads(self, grads: list[Tensor], addresses: array[int]) -> None:
         """Takes other gradients, contiguous, of the same shapes and dtypes."""
         count = len(self.rows)
-        self._values[count : 2 * count] = array("q", addresses)
+        self._values[count : 2 * count] = addresses
         self._grads = grads
 
     def forget_grads(self) -> None:
@@ -174,6 +189,7 @@ class Table:
 
     def grad_norm(self, grad_scale: Tensor | None = None) -> Tensor:
         """The norm of all gradients: `adamw_grad_norm`."""
+        check_scalar("adamw_grad_norm", "grad_scale", grad_scale, self.device)
         backend = choose("adamw", self.device)
         norm = torch.empty((), dtype=torch.float32, device=self.device)
         table, scale = self._tensor(), _native.address(grad_scale)
@@ -214,6 +230,8 @@ class Table:
             hypers: the values of HYPERS for each group.
             grad_scale, found_inf, grad_norm, max_grad_norm: as in `adamw_step`.
         """
+        for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf), ("grad_norm", grad_norm)):
+            check_scalar(OP, name, scalar, self.device)
         backend = choose("adamw", self.device)
         if backend == "reference":
             self._reference(hypers, grad_scale, found_inf, grad_norm, max_grad_norm)

@@ -58,7 +58,8 @@ def adamw_step(
         masters: float32 copies of 16-bit params, from which these are rounded; or int16, the lower halves of the 32
             bits whose upper ones are bfloat16 params. Empty: none.
         absmaxs, absmax_sqs: with codes, float32 [ceil(elements / 256)].
-        keys: integers, one a parameter: what is stored as bfloat16 is rounded stochastically. Empty: to nearest.
+        keys: integers, one a parameter, of bfloat16 params without masters: what of theirs is stored as bfloat16 is
+            rounded stochastically. Empty: to nearest.
 
     Raises:
         TypeError: a dtype other than these, or sparse gradients.
@@ -117,9 +118,9 @@ def adamw_step_reference(
         wide = torch.promote_types(p.dtype, torch.float32)
         g = grad.to(wide)
         if grad_scale is not None:
-            g = g / grad_scale.to(wide)
+            g = g / grad_scale.to(wide).squeeze()
         if grad_norm is not None:
-            g = g * (max_grad_norm / (grad_norm.to(wide) + 1e-6)).clamp(max=1.0)
+            g = g * (max_grad_norm / (grad_norm.to(wide).squeeze() + 1e-6)).clamp(max=1.0)
         if maximize:
             g = -g
         master = masters[i] if masters else None
@@ -137,7 +138,7 @@ def adamw_step_reference(
         denominator = largest.sqrt() / (1 - beta2**t) ** 0.5 + eps
         w = w.addcdiv(m, denominator, value=-lr / (1 - beta1**t))
 
-        key = keys[i] if keys else None
+        key = keys[i] if keys and p.dtype == torch.bfloat16 and master is None else None
         if master is not None and master.dtype == torch.int16:
             split(w, p, master)
         else:
@@ -212,9 +213,9 @@ def quantize_state(x: Tensor, codes: Tensor, absmax: Tensor, *, signed: bool) ->
 def _store(out: Tensor, x: Tensor, key: int | None, kind: int, t: int) -> None:
     if key is not None and out.dtype == torch.bfloat16:
         row = torch.tensor(kind << 56 | t, device=x.device)
-        random = random_bits(key, row, x.numel()).view(x.shape)
-        bits = x.contiguous().view(torch.int32).long() + random
-        rounded = (bits >> 16).short().view(torch.bfloat16)
+        random = torch.empty_like(out, dtype=torch.int64)
+        random.as_strided((out.numel(),), (1,)).copy_(random_bits(key, row, out.numel()))  # in memory order
+        rounded = (x.view(torch.int32) + random >> 16).short().view(torch.bfloat16)
         x = torch.where(x.isnan(), torch.nan, rounded)
     out.copy_(x)
 
@@ -254,8 +255,11 @@ def _step(
         )
         for i in range(len(params))
     ]
+    table = Table(rows)
+    if lr_tensor is not None and table.device.type == "cpu":
+        lr = lr_tensor.item()
     hypers = [(lr, beta1, beta2, eps, weight_decay, float(maximize))]
-    Table(rows).step(hypers, grad_scale, found_inf, grad_norm, max_grad_norm)
+    table.step(hypers, grad_scale, found_inf, grad_norm, max_grad_norm)
 
 
 def _norm(grads: list[Tensor], grad_scale: Tensor | None) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
+from array import array
 from collections.abc import Callable, Mapping
-from itertools import chain
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from fusetune import _native
 from fusetune._check import check
 from fusetune.ops._adamw_table import Row, Table
 from fusetune.optim import _state
@@ -28,7 +29,7 @@ class AdamW(torch.optim.AdamW):
     GradScaler's scale is taken inside the kernel, and gradients are left as they are, scaled and unclipped.
 
     Args:
-        params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused: as in torch.
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused: as torch's.
         max_grad_norm: clips the gradients of all groups together to this 2-norm, as torch.nn.utils.clip_grad_norm_
             does, inside the step. After a step `grad_norm` is the norm before clipping, a 0-dimensional tensor on the
             parameters' device. None or 0: neither.
@@ -157,8 +158,8 @@ class AdamW(torch.optim.AdamW):
         if max_grad_norm:
             norm = self.grad_norm = tables.grad_norm(grad_scale)
         for table in tables.tables:
-            scalars = (None if t is None else t.to(table.device) for t in (grad_scale, found_inf, norm))
-            table.step(hypers, *scalars, max_grad_norm)
+            scale, inf, of_all = (None if t is None else t.to(table.device) for t in (grad_scale, found_inf, norm))
+            table.step(hypers, scale, inf, of_all, max_grad_norm)
         if not tables.forget_grads():
             del self._tables
         return loss
@@ -178,7 +179,7 @@ class AdamW(torch.optim.AdamW):
 
 
 class _Tables:
-    """The kernels' tables of one optimizer, kept from step to step; a step reads all addresses anew."""
+    """The kernels' tables of one optimizer, kept from step to step; a step compares all addresses."""
 
     def __init__(self, optimizer: AdamW, params: list[Tensor], grads: list[Tensor | None]) -> None:
         # Everything that may raise comes first, so that a step that raises has changed nothing.
@@ -192,14 +193,17 @@ class _Tables:
                 grad = grads[number]
                 if grad is not None:
                     fresh[p] = state = _state.complete(optimizer.state.get(p, {}), p, form, number)
+                    m, v = form.moments(p)
                     row = Row(
                         local(p),
                         local_grad(grad, p),
-                        *(local(state[name]) for name in form.moments(p)),
+                        local(state[m]),
+                        local(state[v]),
                         local(state["max_exp_avg_sq"]) if form.amsgrad else None,
                         state["step"],
                         local(state.get(form.master_name)),
-                        *(state.get("absmax1"), state.get("absmax2")),
+                        state.get("absmax1"),
+                        state.get("absmax2"),
                         lr=_on_gpu(group["lr"], p.device),
                         group=index,
                         key=None if form.seed is None else number << 32 | form.seed,
@@ -220,23 +224,24 @@ class _Tables:
         self._groups = self._read_groups(optimizer)
         self._lrs = [group["lr"] for group in optimizer.param_groups if isinstance(group["lr"], Tensor)]
         self._states = list(optimizer.state.values())
-        self._tensors = [p for p, _ in present]
+        # What may change without anything being another object: memory, dtype, device.
+        self._objects = [*(p for p, _ in present), *self._states]
+        entries = sum(len(state) for state in self._states if isinstance(state, dict))
+        self._memory = _room(len(present) + entries)
+        self._grad_memory = _room(len(present))
         self._kept = (
             len(self.tables) == 1
             and not self.tables[0].moved
-            and next(iter(rows)).mesh is None
-            and all(isinstance(x, Tensor) for state in self._states for x in state.values())
             and all(lr.dtype is torch.float32 for lr in self._lrs)  # what else a kernel reads is a copy
-            and all(grad.dtype is p.dtype for p, grad in present)
+            and _native.read_tensors(self._objects, self._memory)
+            and _native.read_tensors([grad for _, grad in present], self._grad_memory)
         )
-        if self._kept:
-            self._addresses = self._read_addresses(optimizer)
 
     def take(self, optimizer: AdamW, params: list[Tensor], grads: list[Tensor | None]) -> bool:
         """Takes the gradients of a step; whether the tables then are as new ones would be.
 
-        Everything that a script may exchange between steps is compared, or read anew: parameters and their memory,
-        gradients, states, groups and their options. In loops that run in C, as a step pays for them a tensor at a time.
+        Everything that a script may exchange between steps is compared: parameters, gradients, states, groups, their
+        options, and the memory of all tensors. In loops that run in C, as a step pays for them a tensor at a time.
         """
         if not self._kept or len(params) != len(self._params) or not all(map(operator.is_, params, self._params)):
             return False
@@ -245,28 +250,20 @@ class _Tables:
             return False
         if self._read_groups(optimizer) != self._groups:
             return False
-        present = [grad for grad in grads if grad is not None]
-        if len(present) != len(self._tensors) or (
-            len(present) < len(grads) and [grad is None for grad in grads] != self._absent
-        ):
-            return False
-        if not all(map(Tensor.is_contiguous, present)):
-            return False
-        try:
-            addresses = list(map(Tensor.data_ptr, present))
-            if self._read_addresses(optimizer) != self._addresses:
-                return False
-        except (TypeError, RuntimeError):  # a state that is no tensor, or a gradient without memory
-            return False
         lrs = [group["lr"] for group in optimizer.param_groups if isinstance(group["lr"], Tensor)]
         if len(lrs) != len(self._lrs) or not all(map(operator.is_, lrs, self._lrs)):
             return False
-        self.tables[0].set_grads(addresses, present)
+        if [grad is None for grad in grads] != self._absent:
+            return False
+        present = [grad for grad in grads if grad is not None]
+        memory, grad_memory = _room(len(self._memory) // 3), _room(len(present))
+        if not _native.read_tensors(self._objects, memory) or memory != self._memory:
+            return False
+        count = len(present)
+        if not _native.read_tensors(present, grad_memory) or grad_memory[count:] != self._grad_memory[count:]:
+            return False
+        self.tables[0].set_grads(present, grad_memory[:count])
         return True
-
-    def _read_addresses(self, optimizer: AdamW) -> list[int]:
-        values = chain.from_iterable(map(dict.values, self._states))
-        return [*map(Tensor.data_ptr, self._tensors), *map(Tensor.data_ptr, values)]
 
     def forget_grads(self) -> bool:
         """Keeps gradients alive no longer, so that zero_grad frees them; whether the tables may be taken again."""
@@ -287,6 +284,10 @@ class _Tables:
                 norm = torch.zeros((), device=where.device)
             norms.append((where, norm))
         return combined_norm(norms)
+
+
+def _room(tensors: int) -> array[int]:
+    return array("q", bytes(8 * _native.READ_FIELDS * tensors))
 
 
 def _on_gpu(lr: float | Tensor, device: torch.device) -> Tensor | None:
