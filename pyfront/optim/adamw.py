@@ -48,7 +48,7 @@ class AdamW(torch.optim.AdamW):
     `load_state_dict`; the optimizer's own options hold.
 
     Raises:
-        NotImplementedError: `differentiable`, amsgrad with 8-bit states, or a device without a backend.
+        NotImplementedError: `differentiable`, 8-bit states with amsgrad or of DTensors, or a device without a backend.
         TypeError: complex or float64 parameters, sparse gradients. ValueError and RuntimeError as in torch, and for
         options that are not among the above or mean nothing together.
     """
@@ -170,10 +170,12 @@ class AdamW(torch.optim.AdamW):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads the state of this optimizer, of torch.optim.AdamW in any form, of apex's FusedAdam, DeepSpeed's
-        CPUAdam or bitsandbytes' AdamW. Devices and dtypes become those of the parameters and options here.
+        CPUAdam, torchao's low-bit AdamW or bitsandbytes' AdamW. Devices and dtypes become those of the parameters and
+        options here; loaded tensors are copies.
 
         Raises:
-            ValueError: groups or shapes that do not match; then nothing was changed.
+            ValueError: groups or shapes that do not match, or a state of another algorithm.
+            NotImplementedError: as the class. Either way nothing was changed.
         """
         _state.load(self, super().load_state_dict, state_dict)
 
