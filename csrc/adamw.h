@@ -75,7 +75,7 @@ enum AdamwColumn {
 enum AdamwWeights { kPlain, kStochastic, kMaster, kSplit };
 constexpr int kInt8 = 3;  // a state "dtype" beside those of dtype.h
 constexpr int kQuantBlock = 256;
-constexpr int adamw_format(int param_dtype, int state_dtype, int weights) {
+FUSETUNE_HOST_DEVICE constexpr int adamw_format(int param_dtype, int state_dtype, int weights) {
   return param_dtype | state_dtype << 4 | weights << 8;
 }
 // Those that there are: p of any dtype with m and v of its own, float32, bfloat16 or 8 bits; kMaster with p of 16 bits;
@@ -118,6 +118,55 @@ FUSETUNE_HOST_DEVICE static inline AdamwScalars adamw_scalars(const double* hype
       !(weight < 0.5f),
   };
 }
+
+// The 8-bit maps as lines. Of a code, f = code + 1 (the unsigned map) or |code - 127| (the signed one) is 2^i + j: its
+// exponent is the decade, its fraction the place in it. So value = slope f + offset with two constants of the exponent, and
+// f from value is the same line the other way, whose piece (zero, a decade or 1) one comparison finds: between two
+// neighbouring powers of two no two pieces begin. kFirst is f of the first code of decade 0: 2 of the unsigned map, 1 of
+// the signed one. In each translation unit anew, as each ISA level has its own.
+namespace {
+template <int kFirst>
+struct AdamwCodes {
+  static constexpr int kDecades = 7;
+  static constexpr int kOne = kDecades + 1;  // the last piece, 1; piece 0 is 0, piece d + 1 is decade d
+
+  // value / absmax = slope f + offset, by the lowest 4 bits of f's exponent: 15 for 1, i for 2^(i + 1)
+  alignas(64) float slope[16], offset[16];
+  // f = min(round(inverse_slope x + inverse_offset), last) of x = value / absmax, by piece;
+  alignas(64) float inverse_slope[16], inverse_offset[16], last[16];
+  // by the lowest 5 bits of x's exponent, the piece of the power of two itself, and from where on it is the next one
+  alignas(64) float next[32];
+  alignas(64) int32_t piece[32];
+
+  static AdamwCodes make() {
+    AdamwCodes t = {};
+    double begin[kOne + 1] = {}, last_value = 0;
+    double top = 1e-6;  // of the decade
+    t.last[0] = t.inverse_offset[0] = kFirst - 1;
+    for (int p = 1; p <= kDecades; p++, top *= 10) {
+      const int count = kFirst << (p - 1), exponent = p - 3 + kFirst;
+      t.slope[exponent & 15] = (float)(0.9 * top / count);
+      t.offset[exponent & 15] = (float)(top * (0.45 / count - 0.8));
+      t.inverse_slope[p] = (float)(count / (0.9 * top));
+      t.inverse_offset[p] = (float)(count * 8 / 9.0 - 0.5);
+      t.last[p] = 2 * count - 1;
+      begin[p] = (last_value + top * (0.1 + 0.45 / count)) / 2;
+      last_value = top * (1 - 0.45 / count);
+    }
+    t.offset[kDecades - 1 + kFirst - 1] = 1;
+    begin[kOne] = (last_value + 1) / 2;
+    t.last[kOne] = t.inverse_offset[kOne] = kFirst << kDecades;
+    double power = 1;
+    for (int exponent = 127; exponent > 127 - 24; exponent--, power /= 2) {
+      int p = 0;
+      while (p < kOne && begin[p + 1] <= power) p++;
+      t.piece[exponent & 31] = p;
+      t.next[exponent & 31] = p < kOne ? (float)begin[p + 1] : 2;
+    }
+    return t;
+  }
+};
+}  // namespace
 
 namespace cpu {
 

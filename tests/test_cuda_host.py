@@ -2,6 +2,7 @@
 computes what a GPU computes, and reaches every line of the kernels that are shipped."""
 
 import concurrent.futures
+import itertools
 import re
 
 import pytest
@@ -252,17 +253,28 @@ BREAKAGES = {
         "nobody has written shared memory",
     ),
     "a tail too long": (
-        "i = packed + threadIdx.x; i < n;",
-        "i = packed + threadIdx.x; i <= n;",
+        "return offset(k) < count;",
+        "return offset(k) <= count;",
         "bytes (into|before) a tensor of",
     ),
-    "packs at any address": ("if (addresses % sizeof(Pack<T>) == 0)", "if (true)", "misaligned: an access that needs"),
-    "a chunk too far": ("(int)min(row[kNumel] - begin, (int64_t)kChunk)", "kChunk", "bytes (into|before) a tensor of"),
-    "a barrier of some": (
-        "        __syncthreads();\n        if (threadIdx.x == 0)",
-        "        if (threadIdx.x == 0)",
-        "race: ",
+    "runs at any address": (" && addresses % 16 == 0", "", "misaligned: an access that needs"),
+    "a chunk too far": (
+        "const int64_t end = min(column(kNumel), begin + kChunk);",
+        "const int64_t end = begin + kChunk;",
+        "bytes (into|before) a tensor of",
     ),
+    "a warp's barrier less": (
+        "  __syncwarp();\n  const uint16_t* const pieces",
+        "  const uint16_t* const pieces",
+        "nobody has written shared memory",
+    ),
+    "pieces overwritten": ("  __syncwarp();\n  exchange[lane]", "  exchange[lane]", "race: write of 16 bytes"),
+    "a shuffle of some": (
+        "    largest = max(largest, __shfl_xor_sync(",
+        "    if (span.count > 0) largest = max(largest, __shfl_xor_sync(",
+        "__shfl_xor_sync is reached by",
+    ),
+    "codes not waited for": ("sizeof codes / 4; i", "sizeof codes / 8; i", "nobody has written shared memory"),
 }
 
 
@@ -276,14 +288,21 @@ def test_a_broken_kernel_is_noticed_with_its_line(host, tmp_path, text, instead,
     objects = harness.objects() | {"adamw.cu": tmp_path / "adamw.o"}
     harness.link(list(objects.values()), tmp_path / "broken.so")
     params = [unaligned(p).detach().requires_grad_() for p in make([17, 4097, 16385, *range(1, 9)])]
-    groups = [{"params": params[:6]}, {"params": params[6:], "lr": 0.1}]
+    halves = make([300], torch.bfloat16)
+    groups = [
+        {"params": params[:6]},
+        {"params": params[6:], "lr": 0.1},
+        {"params": halves, "stochastic_rounding": True},
+        {"params": make([4100]), "state_dtype": "int8"},
+    ]
+    everything = [p for group in groups for p in group["params"]]
     with pytest.MonkeyPatch.context() as patch, harness.cuda_on_host(patch, harness.load(tmp_path / "broken.so")):
         patch.setenv("FUSETUNE_BACKEND", "cuda")
         with pytest.raises(
             RuntimeError,
             match=rf"^adamw\.cu:\d+: .*{what}.*; update_tensors, block \(\d, 0, 0\), thread \(\d+, 0, 0\)$",
         ):
-            train(AdamW(groups), params, 2)
+            train(AdamW(groups), everything, 2)
 
 
 def adamw_states(dtype, device="cpu", **options):
@@ -319,6 +338,10 @@ def dequantized(dtype, quantize, device="cpu"):
 CALLS = {
     "AdamW, float32": lambda device: adamw_states(torch.float32, device, amsgrad=True),
     "AdamW, bfloat16": lambda device: adamw_states(torch.bfloat16, device, maximize=True),
+    "AdamW, 8 bits": lambda device: adamw_states(torch.bfloat16, device, state_dtype="int8", stochastic_rounding=True),
+    "AdamW, split and clipped": lambda device: adamw_states(
+        torch.bfloat16, device, master_weights="split16", max_grad_norm=1.0
+    ),
     "LoRA, float32": lambda device: lora_results(torch.float32, torch.float32, device),
     "LoRA, bfloat16 with a float32 adapter": lambda device: lora_results(torch.bfloat16, torch.float32, device),
     "NF4, bfloat16": lambda device: dequantized(torch.bfloat16, quantize_nf4_reference, device),
@@ -332,8 +355,28 @@ def cuda_backend(monkeypatch):
     monkeypatch.setenv("FUSETUNE_BACKEND", "cuda")
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+WEIGHTS = [
+    *((dtype, {}) for dtype in DTYPES),
+    (torch.bfloat16, {"stochastic_rounding": True}),
+    (torch.bfloat16, {"master_weights": "split16"}),
+    *((dtype, {"master_weights": "fp32"}) for dtype in DTYPES[1:]),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        *itertools.product(DTYPES, OPTIONS.values()),
+        *((dtype, form | {"state_dtype": "int8"}) for dtype, form in WEIGHTS),
+        *(
+            (dtype, form | {"state_dtype": state_dtype, "amsgrad": amsgrad})
+            for dtype, form in WEIGHTS
+            for state_dtype in ("float32", "bfloat16")
+            for amsgrad in (False, True)
+        ),
+    ],
+    ids=str,
+)
 def test_adamw_has_the_bits_of_the_cpu_kernel(host, dtype, options, cuda_backend):
     with pytest.MonkeyPatch.context() as patch, harness.cuda_on_host(patch, host):
         ours = adamw_states(dtype, **options)

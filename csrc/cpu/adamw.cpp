@@ -195,8 +195,8 @@ struct Codes {
 // A block of 256 elements: p, m, v, then the codes of m and v.
 template <class P, int kWeights>
 void update_block(const AdamwScalars& s, const At<P, Codes>& t, float* absmax, float* absmax_sq, const Random* random) {
-  static const SignedCodes::Tables signed_tables;
-  static const UnsignedCodes::Tables unsigned_tables;
+  static const auto signed_tables = SignedCodes::Tables::make();
+  static const auto unsigned_tables = UnsignedCodes::Tables::make();
   alignas(64) float m[kQuantBlock], v[kQuantBlock];
   const Decoder decode_m(signed_tables, *absmax), decode_v(unsigned_tables, *absmax_sq);
   u32v bits_m{}, bits_v{};  // without their signs, as integers, the bits of floats are in the order of their sizes

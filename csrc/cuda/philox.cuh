@@ -1,4 +1,4 @@
-// The dropout masks of philox.h on the device.
+// The generator of philox.h on the device, and its dropout masks.
 #pragma once
 
 #include <cstdint>
@@ -20,9 +20,12 @@ struct Dropout {
   static Dropout none() { return {nullptr, 0, 1}; }
 };
 
-// Of one row, what one counter decides: bit j says whether column 128 (counter div 16) + counter mod 16 + 16 j is kept.
-__device__ inline uint8_t keep_bits(uint64_t seed, uint64_t row, uint32_t counter, uint32_t threshold) {
-  uint32_t c[4] = {counter, (uint32_t)row, (uint32_t)(row >> 32), 0};
+// Words of the generator at (counter, row mod 2^32, row div 2^32, 0): of the 16-bit pieces, 2 i is the low half of word i.
+__device__ inline void philox(uint32_t (&c)[4], uint64_t seed, uint64_t row, uint32_t counter) {
+  c[0] = counter;
+  c[1] = (uint32_t)row;
+  c[2] = (uint32_t)(row >> 32);
+  c[3] = 0;
   uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
 #pragma unroll
   for (int round = 0; round < kPhiloxRounds; round++) {
@@ -35,6 +38,12 @@ __device__ inline uint8_t keep_bits(uint64_t seed, uint64_t row, uint32_t counte
     k0 += kPhiloxW0;
     k1 += kPhiloxW1;
   }
+}
+
+// Of one row, what one counter decides: bit j says whether column 128 (counter div 16) + counter mod 16 + 16 j is kept.
+__device__ inline uint8_t keep_bits(uint64_t seed, uint64_t row, uint32_t counter, uint32_t threshold) {
+  uint32_t c[4];
+  philox(c, seed, row, counter);
   uint32_t bits = 0;
 #pragma unroll
   for (int i = 0; i < 4; i++)

@@ -233,10 +233,10 @@ class _Tables:
         self._grad_memory = _room(len(present))
         self._kept = (
             len(self.tables) == 1
-            and not self.tables[0].moved
-            and all(lr.dtype is torch.float32 for lr in self._lrs)  # what else a kernel reads is a copy
+            and self.tables[0].contiguous
             and _native.read_tensors(self._objects, self._memory)
             and _native.read_tensors([grad for _, grad in present], self._grad_memory)
+            and all(lr.dtype is torch.float32 for lr in self._lrs)  # what else a kernel reads is a copy
         )
 
     def take(self, optimizer: AdamW, params: list[Tensor], grads: list[Tensor | None]) -> bool:
