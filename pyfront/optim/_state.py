@@ -329,7 +329,7 @@ def saved_form(state_dict: dict[str, Any]) -> dict[str, Any]:
     """`state_dict` with step counts that are numbers where states have bitsandbytes' names: it would round a tensor to
     the parameter's dtype."""
     states = {
-        index: {**state, "step": int(state["step"])} if "state1" in state else state
+        index: {**state, "step": int(state["step"])} if isinstance(state, dict) and "state1" in state else state
         for index, state in state_dict["state"].items()
     }
     return {**state_dict, "state": states}

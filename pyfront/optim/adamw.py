@@ -29,8 +29,7 @@ class AdamW(torch.optim.AdamW):
     GradScaler's scale is taken inside the kernel, and gradients are left as they are, scaled and unclipped.
 
     Args:
-        params, lr, betas, eps, weight_decay, amsgrad: as in torch, and so are maximize, foreach, capturable,
-            differentiable and fused.
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused: as torch's.
         max_grad_norm: clips the gradients of all groups together to this 2-norm, as torch.nn.utils.clip_grad_norm_
             does, inside the step. After a step `grad_norm` is the norm before clipping, a 0-dimensional tensor on the
             parameters' device. None or 0: neither.
@@ -49,7 +48,7 @@ class AdamW(torch.optim.AdamW):
     `load_state_dict`; the optimizer's own options hold.
 
     Raises:
-        NotImplementedError: `differentiable`, amsgrad with 8-bit states, or a device without a backend.
+        NotImplementedError: `differentiable`, 8-bit states with amsgrad or of DTensors, or a device without a backend.
         TypeError: complex or float64 parameters, sparse gradients. ValueError and RuntimeError as in torch, and for
         options that are not among the above or mean nothing together.
     """
@@ -171,16 +170,18 @@ class AdamW(torch.optim.AdamW):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads the state of this optimizer, of torch.optim.AdamW in any form, of apex's FusedAdam, DeepSpeed's
-        CPUAdam or bitsandbytes' AdamW. Devices and dtypes become those of the parameters and options here.
+        CPUAdam, torchao's low-bit AdamW or bitsandbytes' AdamW. Devices and dtypes become those of the parameters and
+        options here; loaded tensors are copies.
 
         Raises:
-            ValueError: groups or shapes that do not match; then nothing was changed.
+            ValueError: groups or shapes that do not match, or a state of another algorithm.
+            NotImplementedError: as the class. Either way nothing was changed.
         """
         _state.load(self, super().load_state_dict, state_dict)
 
 
 class _Tables:
-    """The kernels' tables of one optimizer, kept from step to step; a step reads all addresses anew."""
+    """The kernels' tables of one optimizer, kept from step to step; a step compares all addresses."""
 
     def __init__(self, optimizer: AdamW, params: list[Tensor], grads: list[Tensor | None]) -> None:
         # Everything that may raise comes first, so that a step that raises has changed nothing.
@@ -227,7 +228,8 @@ class _Tables:
         self._states = list(optimizer.state.values())
         # What may change without anything being another object: memory, dtype, device.
         self._objects = [*(p for p, _ in present), *self._states]
-        self._memory = _room(len(present) + sum(map(len, self._states)))
+        entries = sum(len(state) for state in self._states if isinstance(state, dict))
+        self._memory = _room(len(present) + entries)
         self._grad_memory = _room(len(present))
         self._kept = (
             len(self.tables) == 1
