@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusetune.kernels.device import guard
+from fusetune.kernels.device import guard, to_device
 from fusetune.kernels.philox import random_bits
 
 # Columns of the table and of the hyper-parameters, and how a parameter is kept: csrc/adamw.h.
@@ -295,9 +295,7 @@ def lay_out(table: Tensor, device: torch.device, *more: Tensor) -> tuple[list[Te
     counts = (table[NUMEL.value] + ITEM.value - 1) // ITEM.value
     ends = counts.cumsum(0)
     parts = [table.flatten(), ends - counts, *(part.flatten().view(torch.int64) for part in more)]
-    buffer = torch.cat(parts)
-    if device.type == "cuda":
-        buffer = buffer.pin_memory().to(device, non_blocking=True)
+    buffer = to_device(torch.cat(parts), device)
 
     kinds, end_row = [], 0
     for code, rows in zip(*(t.tolist() for t in codes.unique_consecutive(return_counts=True)), strict=True):

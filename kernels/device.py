@@ -21,3 +21,17 @@ def capability(device: torch.device) -> int:
 def guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device: makes `device` that."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+_captured: list[torch.Tensor] = []
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on `device`, copied from pinned memory so that nothing synchronises. A CUDA graph copies at each
+    replay, so what is copied while one is captured is kept for good."""
+    if device.type != "cuda":
+        return tensor
+    pinned = tensor.pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append(pinned)
+    return pinned.to(device, non_blocking=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from fusetune import _native
 from fusetune._check import check, check_device, check_dtype
 from fusetune.backend import choose
+from fusetune.kernels.device import to_device
 
 OP = "adamw_step"
 INT8 = 3  # code of 8-bit states, beside those of csrc/dtype.h
@@ -202,7 +203,7 @@ class Table:
         elif backend == "cuda":
             extension = _native.extension()
             with _native.current_stream(self.device) as stream:
-                table = self._on_device(table)
+                table = to_device(table, self.device)
                 size = extension.cuda_adamw_grad_norm_workspace()
                 workspace = torch.empty(size, dtype=torch.float64, device=self.device)
                 extension.cuda_adamw_grad_norm(
@@ -246,7 +247,7 @@ class Table:
                 )
             elif backend == "cuda":
                 with _native.current_stream(self.device) as stream:
-                    table, scalars = self._on_device(table), self._on_device(scalars)
+                    table, scalars = to_device(table, self.device), to_device(scalars, self.device)
                     workspace = torch.empty(len(self.rows), WORKSPACE, dtype=torch.uint8, device=self.device)
                     _native.extension().cuda_adamw_step(
                         *(table.data_ptr(), len(self.rows), scalars.data_ptr(), *options),
@@ -258,10 +259,6 @@ class Table:
                 triton_adamw.step(table, scalars, self.device, grad_scale, found_inf, grad_norm, max_grad_norm)
         for original, copy in self._copies:
             original.copy_(copy)
-
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        """A copy on the table's device, by pinned memory, so that nothing synchronises."""
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _reference(
         self,
