@@ -205,7 +205,7 @@ def test_unknown_name():
 
 def _signature(function):
     """Argument names and types of a function definition; pybind11 has typing.SupportsInt where int is taken."""
-    kinds = ("bool", "float", "int", "str", "flashattention")
+    kinds = ("bool", "float", "int", "str", "flashattention", "list", "object")
     return [
         (argument.arg, next(kind for kind in kinds if kind in ast.unparse(argument.annotation).lower()))
         for argument in function.args.args

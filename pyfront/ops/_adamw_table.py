@@ -13,7 +13,7 @@ from torch import Tensor
 from fusetune import _native
 from fusetune._check import check, check_device, check_dtype
 from fusetune.backend import choose
-from fusetune.kernels.device import to_device
+from fusetune.kernels import device as kernel_device
 
 OP = "adamw_step"
 INT8 = 3  # code of 8-bit states, beside those of csrc/dtype.h
@@ -203,7 +203,7 @@ class Table:
         elif backend == "cuda":
             extension = _native.extension()
             with _native.current_stream(self.device) as stream:
-                table = to_device(table, self.device)
+                table = kernel_device.to_device(table, self.device)
                 size = extension.cuda_adamw_grad_norm_workspace()
                 workspace = torch.empty(size, dtype=torch.float64, device=self.device)
                 extension.cuda_adamw_grad_norm(
@@ -247,7 +247,10 @@ class Table:
                 )
             elif backend == "cuda":
                 with _native.current_stream(self.device) as stream:
-                    table, scalars = to_device(table, self.device), to_device(scalars, self.device)
+                    table, scalars = (
+                        kernel_device.to_device(table, self.device),
+                        kernel_device.to_device(scalars, self.device),
+                    )
                     workspace = torch.empty(len(self.rows), WORKSPACE, dtype=torch.uint8, device=self.device)
                     _native.extension().cuda_adamw_step(
                         *(table.data_ptr(), len(self.rows), scalars.data_ptr(), *options),
