@@ -27,6 +27,7 @@ BASELINES = {
     "dora_linear": ("peft", "PEFT's layer with DoRA"),
     "flash_attention": ("stock", "torch's scaled_dot_product_attention"),
     "adamw": ("fused", "torch.optim.AdamW(fused=True)"),
+    "adamw_forms": ("float32_states", "fusetune.AdamW(state_dtype=float32)"),
     "dequantize": ("bitsandbytes", "bitsandbytes"),
 }
 PEERS = ("flash_attention", "efficient_attention", "cudnn_attention", "math", "flex", "flash_attn")
@@ -99,21 +100,23 @@ def steps_table(rows: list[Row]) -> str:
 
 
 def ops_table(rows: list[Row]) -> str:
-    """A line for each op, dtype and whether there is dropout."""
-    groups: dict[tuple[str, str, bool], list[float]] = {}
+    """A line for each op, dtype and whether there is dropout or clipping."""
+    groups: dict[tuple[str, str, str], list[float]] = {}
     for row in rows:
-        groups.setdefault((row["op"], row["dtype"], bool(row.get("dropout_p"))), []).append(speedup(row))
+        if row["op"] != "adamw_forms":  # which are against ourselves
+            extra = ", dropout 0.1" if row.get("dropout_p") else ", clipped" if row.get("clipped") else ""
+            groups.setdefault((row["op"], row["dtype"], extra), []).append(speedup(row))
     return table(
         ["op", "dtype", "cells", "speed-up: least", "median", "most", "slower cells"],
         (
             [
-                f"{op}{', dropout 0.1' if dropout else ''} over {BASELINES[op][1]}",
+                f"{op}{extra} over {'clip_grad_norm_ and ' * (extra == ', clipped')}{BASELINES[op][1]}",
                 dtype,
                 len(found),
                 *(f"{value:.2f}×" for value in (min(found), statistics.median(found), max(found))),
                 sum(value < 1 for value in found),
             ]
-            for (op, dtype, dropout), found in groups.items()
+            for (op, dtype, extra), found in groups.items()
         ),
     )
 
@@ -152,9 +155,10 @@ def cells_table(rows: list[Row]) -> str:
                 row["op"],
                 ", ".join(
                     str(row[name])
-                    for name in ("shape", "mask", "dtype", "dropout_p", "backend")
+                    for name in ("shape", "form", "mask", "dtype", "dropout_p", "backend")
                     if row.get(name) not in (None, 0.0)
-                ),
+                )
+                + (f", clipped to a norm of {row['clipped']}" if "clipped" in row else ""),
                 milliseconds(stock_ms(row)),
                 milliseconds(row["ours_ms"]),
                 f"{speedup(row):.2f}×",
@@ -187,7 +191,17 @@ def beside(row: Row) -> list[str]:
     peers = [name for name in PEERS if f"speedup_over_{name}" in row]
     said += [f"{row[f'speedup_over_{name}']:.2f}× {name.replace('_', ' ')}" for name in peers]
     if "gbs" in row:
-        said.append(f"{row['gbs']} GB/s")
+        said.append(
+            f"{row['gbs']} GB/s, {row['stream_share']:.0%} of the stream"
+            if "stream_share" in row
+            else f"{row['gbs']} GB/s"
+        )
+    if "grad_norm" in row:
+        said.append(f"gradient norm {row['grad_norm']:g}")
+    if "speedup_over_bitsandbytes" in row and row["op"] == "adamw_forms":
+        said.append(f"{row['speedup_over_bitsandbytes']:.1f}× bitsandbytes' AdamW8bit")
+    if "speedup_over_foreach" in row:
+        said.append(f"{row['speedup_over_foreach']:.1f}× torch's foreach")
     if "speedup_over_default" in row:
         said.append(f"{row['speedup_over_default']:.1f}× torch's default")
     return said

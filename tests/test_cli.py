@@ -132,12 +132,43 @@ def test_half_precision_on_a_cpu(run, tmp_path):
     assert all(map(math.isfinite, result["train_step_loss"]))
 
 
+def test_options_of_the_optimizer(run, tmp_path):
+    refused(run("--optim-state", "int4"), "optim_state must be one of float32, bfloat16, int8, got 'int4'")
+    refused(run("--master-weights", "fp16"), "master_weights must be one of fp32, split16, got 'float16'")
+    refused(run("--stochastic-rounding", "up"), "stochastic_rounding must be true or false, got 'up'")
+    refused(
+        run("--stochastic-rounding", "--dtype", "fp32"),
+        "dtype must be bfloat16 with stochastic_rounding, got float32; pass --dtype bfloat16",
+    )
+    refused(run("--master-weights", "split16", "--dtype", "fp32"), "dtype must be bfloat16 with master_weights split16")
+    refused(
+        run("--master-weights", "fp32", "--stochastic-rounding", "--dtype", "bf16"),
+        "stochastic_rounding must be false with master_weights fp32, which rounds nothing away, got True",
+    )
+    refused(
+        run("--optim-state", "int8", "--patch", "false"),
+        "patch must be true with optim_state int8, which torch's AdamW lacks, got False",
+    )
+    refused(run("--stochastic-rounding", "--patch=no"), "patch must be true with stochastic_rounding, which")
+    assert not (tmp_path / "out" / "config.json").exists()
+    flags = ["--optim-state", "bf16", "--stochastic-rounding", "--master-weights", "none", "--dtype", "bf16"]
+    assert run(*flags, "--method", "full")[0] == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    names = ("optim_state", "master_weights", "stochastic_rounding")
+    assert [config[name] for name in names] == ["bfloat16", None, True]
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.bfloat16}
+    assert main(["predict", str(tmp_path / "out"), "the old cat"]) == 0
+
+
 def test_help_is_quick_and_complete(capfd):
     with pytest.raises(SystemExit) as stop:
         main(["finetune", "--help"])
     assert stop.value.code == 0
     text = capfd.readouterr().out
-    for flag in ("--model", "--dataset", "--text-column", "--compare", "--resume", "--config"):
+    for flag in ("--model", "--dataset", "--text-column", "--compare", "--resume", "--config", "--optim-state"):
         assert flag in text
     script = "import sys; from fusetune.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     script += "assert not {'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules), 'heavy imports'"

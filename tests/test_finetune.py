@@ -33,6 +33,12 @@ def bert(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def wide_bert(tmp_path_factory):
+    """Of matrices of 4096 elements and more, whose optimizer states may be 8 bits."""
+    return tiny.save_bert(tmp_path_factory.mktemp("models") / "wide-bert", hidden_size=64, intermediate_size=96)
+
+
+@pytest.fixture(scope="session")
 def llama(tmp_path_factory):
     return tiny.save_llama(tmp_path_factory.mktemp("models") / "llama")
 
@@ -179,6 +185,41 @@ def test_compare_computes_the_same(job):
     assert compare["speedup"] > 0
 
 
+def test_what_the_optimizer_keeps(job, wide_bert, capsys):
+    """8 bytes a trained weight, 2 and a share of an absmax with int8, or 10 with the lower halves of split weights."""
+    settings = job | {"model": str(wide_bert), "max_steps": 1, "overwrite": True}
+    exact, coded, split = (
+        main(**settings, **options)["optimizer_bytes"]
+        for options in ({}, {"optim_state": "int8"}, {"master_weights": "split16", "dtype": "bfloat16"})
+    )
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(Path(job["output_dir"]) / "model")
+    sizes = [p.numel() for p in model.parameters()]
+    steps = 4 * len(sizes)
+    assert exact == 8 * sum(sizes) + steps
+    assert split == 10 * sum(sizes) + steps
+    large = [size for size in sizes if size >= 4096]
+    absmax = sum(2 * 4 * -(-size // 256) for size in large)
+    maps = 2 * 4 * 256
+    assert coded == 8 * sum(sizes) - 6 * sum(large) + absmax + maps + steps
+    out = capsys.readouterr().out
+    assert "optimizer fusetune.AdamW: float32 weights, int8 states, clips to norm 1 in its step" in out
+    assert "optimizer fusetune.AdamW: bfloat16 weights with split16 master weights, float32 states" in out
+    assert f"of which the optimizer's state {coded / 2**20:.1f} MiB" in out
+
+
+def test_int8_and_16_bit_weights_learn(job, wide_bert, tmp_path):
+    settings = job | {"model": str(wide_bert), "epochs": 5, "lr": 4e-3}
+    for number, options in enumerate(
+        (
+            {"optim_state": "int8"},
+            {"optim_state": "bfloat16", "dtype": "bfloat16", "stochastic_rounding": True},
+            {"dtype": "bfloat16", "master_weights": "fp32"},
+        )
+    ):
+        result = main(**settings | options | {"output_dir": str(tmp_path / str(number))})
+        assert result["before"]["eval_accuracy"] < 0.6 < 0.8 < result["after"]["eval_accuracy"]
+
+
 # Resuming
 
 
@@ -200,6 +241,27 @@ def test_resumed_run_equals_a_straight_one(job, tmp_path, first):
     expected = weights(straight)
     for name, weight in weights(resumed).items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optim_state": "int8"},
+        {"optim_state": "bfloat16", "dtype": "bfloat16", "stochastic_rounding": True},
+        {"optim_state": "int8", "dtype": "bfloat16", "master_weights": "split16"},
+        {"dtype": "bfloat16", "master_weights": "fp32"},
+    ],
+)
+def test_resumed_run_in_every_form_of_the_optimizer(job, wide_bert, tmp_path, options):
+    settings = job | options | {"model": str(wide_bert), "epochs": 2, "max_steps": 20, "lr_scheduler": "constant"}
+    straight = main(**settings | {"output_dir": str(tmp_path / "straight")})
+    main(**settings | {"max_steps": 10})
+    resumed = main(**settings, resume=True)
+    assert resumed["train_step_loss"] == straight["train_step_loss"]
+    assert resumed["optimizer_bytes"] == straight["optimizer_bytes"]
+    expected = weights(straight)
+    for name, weight in weights(resumed).items():
+        assert torch.equal(weight, expected[name]), name
 
 
 def test_interrupt_saves_and_resumes_exactly(job, tmp_path, monkeypatch):

@@ -2,7 +2,11 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
+import accelerate
 import peft
 import pytest
 import tiny
@@ -169,6 +173,177 @@ def test_trainer_follows_the_stock_trainer(tmp_path):
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+# The optimizer
+
+
+def log_of(cls, folder, changes, watch=None, resume=None, model=None, **settings):
+    """Losses and norms of the steps of a training, and the weights at its end."""
+    model = model or wide_llama()
+    args = arguments(folder, **{"max_steps": 8, "per_device_train_batch_size": 2, "weight_decay": 0.01} | changes)
+    trainer = cls(model, args, train_dataset=rows_for("LlamaForCausalLM"), **settings)
+    if watch is not None:
+        watch(trainer)
+    trainer.train(resume_from_checkpoint=resume)
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [entry["loss"] for entry in steps], [entry["grad_norm"] for entry in steps], list(model.parameters())
+
+
+def wide_llama():
+    """Of matrices of 4096 elements and more, whose states may be 8 bits."""
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(tiny.llama_config(hidden_size=64, intermediate_size=96))
+
+
+def ours(**options):
+    return {"patch": False, "optimizer_cls_and_kwargs": (fusetune.AdamW, options)}
+
+
+def forbid_clipping(trainer):
+    def clip(*args, **kwargs):
+        raise AssertionError("clipped beside the step")
+
+    trainer.accelerator.clip_grad_norm_ = clip
+
+
+def assert_same_run(got, expected):
+    """The norms are float32 sums on one side; what they scale is normalised by AdamW."""
+    for mine, stock in zip(got[:2], expected[:2], strict=True):
+        assert mine == pytest.approx(stock, rel=1e-6)
+    for mine, stock in zip(got[2], expected[2], strict=True):
+        torch.testing.assert_close(mine, stock, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"gradient_accumulation_steps": 3}, {"max_grad_norm": 0.0}, {"optim": "adamw_torch"}]
+)
+def test_clipping_in_the_step_follows_stock(tmp_path, changes):
+    changes = {"max_grad_norm": 0.25} | changes
+    expected = log_of(transformers.Trainer, tmp_path, changes)
+    assert_same_run(log_of(fusetune.Trainer, tmp_path, changes, forbid_clipping, **ours()), expected)
+    assert min(expected[1]) > 0.25
+
+
+def test_max_grad_norm_may_change_in_training(tmp_path):
+    class Tighten(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            args.max_grad_norm = (1.0, 0.25, 0.0, 0.0625)[state.global_step % 4]
+
+    expected, got = (
+        log_of(cls, tmp_path, {}, callbacks=[Tighten()], **settings)
+        for cls, settings in ((transformers.Trainer, {}), (fusetune.Trainer, ours()))
+    )
+    assert_same_run(got, expected)
+
+
+def test_clipping_under_a_gradient_scaler(tmp_path):
+    """accelerate has no scaler on a CPU, so it is given one. The third step's gradients overflow."""
+
+    def scale(trainer):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+        trainer.accelerator.scaler = scaler
+        trainer.accelerator.unscale_gradients = lambda: scaler.unscale_(trainer.optimizer.optimizer)
+
+        def overflow(gradient):
+            return gradient * (torch.inf if trainer.state.global_step == 2 else 1)
+
+        trainer.model.lm_head.weight.register_hook(overflow)
+        scalers.append(scaler)
+
+    def scale_only(trainer):
+        scale(trainer)
+        forbid_clipping(trainer)
+
+    scalers = []
+    expected = log_of(transformers.Trainer, tmp_path, {"max_grad_norm": 0.25}, scale)
+    got = log_of(fusetune.Trainer, tmp_path, {"max_grad_norm": 0.25}, scale_only, **ours())
+    assert_same_run(got, expected)
+    assert math.isinf(got[1][2])
+    assert sum(map(math.isinf, got[1])) == 1
+    assert scalers[0].get_scale() == scalers[1].get_scale() == 2.0**12  # up, down and up twice
+
+
+def test_clipping_in_two_processes(tmp_path):
+    """Gradients are averaged by then, so that each process finds the same norm as stock does."""
+    script = f"""
+import json, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch, transformers, fusetune
+from test_trainer import assert_same_run, forbid_clipping, log_of, ours
+torch.set_num_threads(1)
+run = ({str(tmp_path)!r}, {{"max_grad_norm": 0.25}})
+expected = log_of(transformers.Trainer, *run)
+assert_same_run(log_of(fusetune.Trainer, *run, forbid_clipping, **ours()), expected)
+assert torch.distributed.get_world_size() == 2
+"""
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*command, str(tmp_path / "script.py")], check=True, capture_output=True)
+
+
+def test_who_else_clips(tmp_path, monkeypatch):
+    def clips(watch=None, **settings):
+        calls = []
+
+        def count(trainer):
+            clip = trainer.accelerator.clip_grad_norm_
+            trainer.accelerator.clip_grad_norm_ = lambda *args, **kwargs: calls.append(args) or clip(*args, **kwargs)
+
+        found = log_of(fusetune.Trainer, tmp_path, {"max_steps": 2, **settings.pop("changes", {})}, count, **settings)
+        assert all(map(math.isfinite, found[1]))
+        return len(calls)
+
+    assert clips(**ours()) == 0
+    assert clips() == 0
+    assert clips(patch=False) == 2
+    assert clips(**ours(max_grad_norm=0.5)) == 2
+    assert clips(changes={"optim": "adafactor"}) == 2
+    for cls in (torch.optim.AdamW, fusetune.AdamW):
+        model = wide_llama()
+        assert clips(model=model, optimizers=(cls(model.parameters()), None)) == 2
+    trainer = fusetune.Trainer(wide_llama(), arguments(tmp_path))
+    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", accelerate.DistributedType.FSDP)
+    assert not trainer.create_optimizer()._optimizer_step_post_hooks
+
+
+def test_options_of_the_optimizer(tmp_path):
+    settings = {"learning_rate": 0.02, "adam_beta1": 0.7, "adam_epsilon": 1e-5}
+    options = {"state_dtype": "int8", "eps": 1e-4}
+    trainer = fusetune.Trainer(wide_llama(), arguments(tmp_path, **settings), **ours(**options))
+    for group in trainer.create_optimizer().param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (0.02, (0.7, 0.999), 1e-4)
+        assert group["state_dtype"] == "int8"
+
+
+@pytest.mark.parametrize("halves", [("stock", "ours"), ("ours", "stock"), ("int8", "int8")])
+def test_resume_of_another_trainer_s_checkpoint(tmp_path, halves):
+    trainers = {
+        "stock": (transformers.Trainer, {}),
+        "ours": (fusetune.Trainer, ours()),
+        "int8": (fusetune.Trainer, ours(state_dtype="int8")),
+    }
+    settings = {"max_steps": 20, "max_grad_norm": 0.25, "save_strategy": "steps", "save_steps": 10}
+    (first, one), (second, two) = (trainers[name] for name in halves)
+    straight = log_of(first, tmp_path / "straight", settings, **one)
+    log_of(first, tmp_path, settings | {"max_steps": 10}, **one)
+    resumed = log_of(second, tmp_path, settings, resume=str(tmp_path / "checkpoint-10"), **two)
+    if first is second:
+        assert resumed[:2] == straight[:2]
+        for mine, expected in zip(resumed[2], straight[2], strict=True):
+            assert torch.equal(mine, expected)
+    else:
+        assert_same_run(resumed, straight)
+
+
+def test_training_with_8_bit_states(tmp_path):
+    settings = {"max_steps": 40, "per_device_train_batch_size": 4}
+    exact, coded = (
+        log_of(fusetune.Trainer, tmp_path, settings, **ours(state_dtype=dtype))[0] for dtype in (None, "int8")
+    )
+    assert exact != coded
+    assert coded == pytest.approx(exact, rel=0.02)
+    assert coded[-1] < 0.5 * coded[0]
 
 
 def test_best_checkpoint_is_kept_and_loaded(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -133,7 +134,8 @@ class Table:
             check_row(row, self.device)
         self.rows = [self._laid_out(row) for row in rows]
         self._lay()
-        self.moved = bool(self._copies) or any(a.grad is not b.grad for a, b in zip(self.rows, rows, strict=True))
+        self.contiguous = all(map(operator.is_, self.rows, rows))  # all tensors of all rows
+        self.rows = [row._replace(grad=row.param) for row in self.rows]  # `forget_grads` has one place to look
 
     @classmethod
     def of_grads(cls, grads: Sequence[Tensor]) -> Table:
@@ -144,7 +146,8 @@ class Table:
             check(g.layout == torch.strided, TypeError, f"adamw_grad_norm: grads must be dense, got {g.layout}")
             check_dtype("adamw_grad_norm", "grads", g)
             check_device("adamw_grad_norm", "grads", g, table.device)
-        table.rows = [Row(*[g if g.is_contiguous() else g.contiguous()] * 4, None, g) for g in grads]
+        dense = [g.contiguous() for g in grads]
+        table.rows = [Row(g, g, g, g, None, g) for g in dense]
         table._lay()
         return table
 
@@ -178,6 +181,10 @@ class Table:
         count = len(self.rows)
         self._values[count : 2 * count] = addresses
         self._grads = grads
+
+    def forget_grads(self) -> None:
+        """Keeps them alive no longer; `set_grads` comes before the next step."""
+        self._grads = []
 
     def _tensor(self) -> Tensor:
         return torch.frombuffer(self._values, dtype=torch.int64).view(COLUMNS, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,19 +19,19 @@ class Layout(NamedTuple):
     placements: tuple[Any, ...] = ()
 
 
-def _is_dtensor(t: Tensor) -> bool:
+def is_dtensor(t: Any) -> bool:
     if type(t) is torch.Tensor or type(t) is torch.nn.Parameter:
         return False
     return hasattr(t, "device_mesh")  # without importing torch.distributed.tensor, which takes a second
 
 
 def layout(p: Any) -> Layout:
-    return Layout(p.device, p.device_mesh, tuple(p.placements)) if _is_dtensor(p) else Layout(p.device)
+    return Layout(p.device, p.device_mesh, tuple(p.placements)) if is_dtensor(p) else Layout(p.device)
 
 
 def local(t: Any) -> Any:
     """The tensor that this process steps."""
-    if t is None or not _is_dtensor(t):
+    if not is_dtensor(t):
         return t
     check(
         not any(placement.is_partial() for placement in t.placements),
@@ -40,15 +41,29 @@ def local(t: Any) -> Any:
     return t.to_local()
 
 
-def combined_norm(norms: list[Tensor], layouts: list[Layout]) -> Tensor:
-    """The norm of all gradients, from those of the tables' local ones: shards of other processes are added."""
+def local_grad(grad: Any, p: Any) -> Any:
+    """That of a gradient, which may be placed otherwise than its parameter."""
+    if is_dtensor(grad) and is_dtensor(p) and tuple(grad.placements) != tuple(p.placements):
+        grad = grad.redistribute(p.device_mesh, p.placements)
+    return local(grad)
+
+
+def like(p: Any, t: Tensor) -> Tensor:
+    """`t`, of this process, as a tensor that is placed as p is."""
+    if not is_dtensor(p):
+        return t
+    placing = {"run_check": False, "shape": p.shape, "stride": p.stride()}
+    return type(p.detach()).from_local(t, p.device_mesh, p.placements, **placing)  # type: ignore[no-any-return]
+
+
+def combined_norm(norms: Iterable[tuple[Layout, Tensor]]) -> Tensor:
+    """The norm of all gradients, from those of each layout's local ones: shards of other processes are added. Every
+    process must have the same layouts in the same order."""
     total = None
-    for norm, where in zip(norms, layouts, strict=True):
-        if where.mesh is not None:
-            square = norm.double().square()
-            for dim, placement in enumerate(where.placements):
-                if placement.is_shard():
-                    torch.distributed.all_reduce(square, group=where.mesh.get_group(dim))
-            norm = square.sqrt().float()
-        total = norm if total is None else torch.hypot(total.double(), norm.to(total.device).double()).float()
-    return torch.zeros(()) if total is None else total
+    for where, norm in norms:
+        square = norm.double().square()
+        for dim, placement in enumerate(where.placements):
+            if not placement.is_replicate():
+                torch.distributed.all_reduce(square, group=where.mesh.get_group(dim))
+        total = square if total is None else total + square.to(total.device)
+    return torch.zeros(()) if total is None else total.sqrt().float()

@@ -14,7 +14,7 @@ from fusetune import _native
 from fusetune._check import check
 from fusetune.ops._adamw_table import Row, Table
 from fusetune.optim import _state
-from fusetune.optim._distributed import combined_norm, layout, local
+from fusetune.optim._distributed import combined_norm, layout, local, local_grad
 
 
 class AdamW(torch.optim.AdamW):
@@ -29,7 +29,8 @@ class AdamW(torch.optim.AdamW):
     GradScaler's scale is taken inside the kernel, and gradients are left as they are, scaled and unclipped.
 
     Args:
-        params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused: as in torch.
+        params, lr, betas, eps, weight_decay, amsgrad: as in torch, and so maximize, foreach, capturable, differentiable,
+            fused.
         max_grad_norm: clips the gradients of all groups together to this 2-norm, as torch.nn.utils.clip_grad_norm_
             does, inside the step. After a step `grad_norm` is the norm before clipping, a 0-dimensional tensor on the
             parameters' device. None or 0: neither.
@@ -147,8 +148,9 @@ class AdamW(torch.optim.AdamW):
         if tables is None or not tables.take(self, params, grads):
             tables = self._tables = _Tables(self, params, grads)
 
+        devices = {table.device for table in tables.tables}
         hypers = [
-            (_number(g["lr"]), *map(float, g["betas"]), g["eps"], g["weight_decay"], float(g["maximize"]))
+            (_number(g["lr"], devices), *map(float, g["betas"]), g["eps"], g["weight_decay"], float(g["maximize"]))
             for g in self.param_groups
         ]
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -159,7 +161,13 @@ class AdamW(torch.optim.AdamW):
         for table in tables.tables:
             scalars = (None if t is None else t.to(table.device) for t in (grad_scale, found_inf, norm))
             table.step(hypers, *scalars, max_grad_norm)
+        if not tables.forget_grads():
+            del self._tables
         return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; with state_dtype="int8" as bitsandbytes' AdamW8bit has it, which loads it."""
+        return _state.saved_form(super().state_dict())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads the state of this optimizer, of torch.optim.AdamW in any form, of apex's FusedAdam, DeepSpeed's
@@ -182,36 +190,36 @@ class _Tables:
         number = 0
         for index, group in enumerate(optimizer.param_groups):
             form = _state.Form.of(group)
-            key = group.get("rounding_seed")
-            lr = group["lr"] if isinstance(group["lr"], Tensor) and group["lr"].is_cuda else None
             for p in group["params"]:
                 grad = grads[number]
                 if grad is not None:
-                    have = optimizer.state.get(p, {})
-                    fresh[p] = state = _state.complete(have, p, form)
+                    fresh[p] = state = _state.complete(optimizer.state.get(p, {}), p, form, number)
                     row = Row(
                         local(p),
-                        local(grad),
+                        local_grad(grad, p),
                         *(local(state[name]) for name in form.moments(p)),
                         local(state["max_exp_avg_sq"]) if form.amsgrad else None,
                         state["step"],
                         local(state.get(form.master_name)),
                         *(state.get("absmax1"), state.get("absmax2")),
-                        lr=lr if lr is None or lr.device != p.device else lr.float().view(()),
+                        lr=_on_gpu(group["lr"], p.device),
                         group=index,
-                        key=None if key is None else number << 32 | key,
+                        key=None if form.seed is None else number << 32 | form.seed,
                     )
                     rows.setdefault(layout(p), []).append(row)
                 number += 1
-        self.layouts = list(rows)
-        self.tables = [Table(r) for r in rows.values()]
+        self._layouts = list(dict.fromkeys(map(layout, params)))  # in one order in all processes
+        self._by_layout = {where: Table(r) for where, r in rows.items()}
+        self.tables = list(self._by_layout.values())
         for p, state in fresh.items():
-            if optimizer.state.get(p) is not state:
-                optimizer.state[p].update(state)
+            have = optimizer.state[p]
+            if have is not state:
+                have.clear()
+                have.update(state)
 
         self._params = params
         self._absent = [grad is None for grad in grads]
-        self._forms = [_state.Form.of(group) for group in optimizer.param_groups]
+        self._groups = self._read_groups(optimizer)
         self._lrs = [group["lr"] for group in optimizer.param_groups if isinstance(group["lr"], Tensor)]
         self._states = list(optimizer.state.values())
         # What may change without anything being another object: memory, dtype, device.
@@ -220,9 +228,10 @@ class _Tables:
         self._grad_memory = _room(len(present))
         self._kept = (
             len(self.tables) == 1
-            and not self.tables[0].moved
+            and self.tables[0].contiguous
             and _native.read_tensors(self._objects, self._memory)
             and _native.read_tensors([grad for _, grad in present], self._grad_memory)
+            and all(lr.dtype is torch.float32 for lr in self._lrs)  # what else a kernel reads is a copy
         )
 
     def take(self, optimizer: AdamW, params: list[Tensor], grads: list[Tensor | None]) -> bool:
@@ -236,7 +245,7 @@ class _Tables:
         states = list(optimizer.state.values())
         if len(states) != len(self._states) or not all(map(operator.is_, states, self._states)):
             return False
-        if [_state.Form.of(group) for group in optimizer.param_groups] != self._forms:
+        if self._read_groups(optimizer) != self._groups:
             return False
         lrs = [group["lr"] for group in optimizer.param_groups if isinstance(group["lr"], Tensor)]
         if len(lrs) != len(self._lrs) or not all(map(operator.is_, lrs, self._lrs)):
@@ -253,15 +262,36 @@ class _Tables:
         self.tables[0].set_grads(present, grad_memory[:count])
         return True
 
+    def forget_grads(self) -> bool:
+        """Keeps gradients alive no longer, so that zero_grad frees them; whether the tables may be taken again."""
+        for table in self.tables:
+            table.forget_grads()
+        return self._kept
+
+    @staticmethod
+    def _read_groups(optimizer: AdamW) -> list[tuple[_state.Form, int]]:
+        return [(_state.Form.of(group), len(group["params"])) for group in optimizer.param_groups]
+
     def grad_norm(self, grad_scale: Tensor | None) -> Tensor:
-        norms = [table.grad_norm(None if grad_scale is None else grad_scale.to(table.device)) for table in self.tables]
-        return combined_norm(norms, self.layouts)
+        norms = []
+        for where in self._layouts:
+            if (table := self._by_layout.get(where)) is not None:
+                norm = table.grad_norm(None if grad_scale is None else grad_scale.to(where.device))
+            else:
+                norm = torch.zeros((), device=where.device)
+            norms.append((where, norm))
+        return combined_norm(norms)
 
 
 def _room(tensors: int) -> array[int]:
     return array("q", bytes(8 * _native.READ_FIELDS * tensors))
 
 
-def _number(lr: float | Tensor) -> float:
-    """lr, or any number where the kernel reads it on the device."""
-    return 0.0 if isinstance(lr, Tensor) and lr.is_cuda else float(lr)
+def _on_gpu(lr: float | Tensor, device: torch.device) -> Tensor | None:
+    """What the kernel reads on the device, where `lr` is there."""
+    return lr.float().view(()) if isinstance(lr, Tensor) and lr.is_cuda and lr.device == device else None
+
+
+def _number(lr: float | Tensor, devices: set[torch.device]) -> float:
+    """lr, or any number where all kernels read it on their device."""
+    return 0.0 if isinstance(lr, Tensor) and lr.is_cuda and devices == {lr.device} else float(lr)

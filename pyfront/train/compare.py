@@ -12,43 +12,47 @@ from typing import Any
 import torch
 from torch import nn
 
+from fusetune.optim import AdamW
+
 
 @dataclass
 class Contender:
     """A model in training, and the arithmetic of its step."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Any
     dtype: torch.dtype
-    max_grad_norm: float
+    max_grad_norm: float | None  # None: the optimizer clips
 
-    def backward(self, batch: Mapping[str, Any]) -> tuple[float, float]:
-        """Loss, and norm of the gradients before they are clipped."""
+    def step(self, batch: Mapping[str, Any]) -> tuple[float, float]:
+        """Forward, backward, clipping and AdamW: loss, and norm of the gradients before they are clipped."""
         device = next(self.model.parameters()).device
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = self.model(**batch).loss
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or torch.inf)
+        if self.max_grad_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        if self.max_grad_norm is None:
+            norm = self.optimizer.grad_norm
+        self.optimizer.zero_grad()
         return float(loss.detach()), float(norm)
 
-    def step(self, batch: Mapping[str, Any]) -> None:
-        """Forward, backward, clipping and AdamW."""
-        self.backward(batch)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
-
-def contenders(model: nn.Module, dtype: torch.dtype, max_grad_norm: float = 1.0) -> tuple[Contender, Contender]:
-    """Stock with torch.optim.AdamW(fused=True), and ours: two copies of `model` that share its frozen weights."""
-    from fusetune.optim import AdamW
+def contenders(
+    model: nn.Module, dtype: torch.dtype, max_grad_norm: float = 1.0, options: Mapping[str, Any] | None = None
+) -> tuple[Contender, Contender]:
+    """Stock with clip_grad_norm_ and torch.optim.AdamW(fused=True), and ours, which clips in the step of a
+    fusetune.AdamW with `options`: two copies of `model` that share its frozen weights."""
     from fusetune.patching import patch
 
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     stock, ours = (copy.deepcopy(model, dict(shared)) for _ in range(2))
     patch(ours)
+    max_grad_norm = max_grad_norm or torch.inf
     return (
         Contender(stock, torch.optim.AdamW(trained(stock), lr=1e-4, fused=True), dtype, max_grad_norm),
-        Contender(ours, AdamW(trained(ours), lr=1e-4), dtype, max_grad_norm),
+        Contender(ours, AdamW(trained(ours), lr=1e-4, max_grad_norm=max_grad_norm, **options or {}), dtype, None),
     )
 
 
@@ -57,12 +61,11 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def agreement(stock: Contender, ours: Contender, batch: Mapping[str, Any]) -> dict[str, float]:
-    """Loss and gradient norm of both, without dropout, whose masks differ: they show that both compute the same."""
+    """Loss and gradient norm of both in a first step, without dropout, whose masks differ: both compute the same."""
     seen = {}
     for name, contender in (("stock", stock), ("fusetune", ours)):
         contender.model.eval()
-        seen[f"{name}_loss"], seen[f"{name}_grad_norm"] = contender.backward(batch)
-        contender.model.zero_grad()
+        seen[f"{name}_loss"], seen[f"{name}_grad_norm"] = contender.step(batch)
         contender.model.train()
     return seen
 
@@ -73,19 +76,21 @@ def compare_steps(
     device: torch.device,
     dtype: torch.dtype,
     max_grad_norm: float = 1.0,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Times the training step of the unpatched `model`, as it is and patched, in turn; the first batch warms up.
 
     Args:
         model: without patches; stays as it is.
         batches: at least 2.
+        options: of our AdamW.
 
     Returns:
         `speedup`, the median over the batches of stock's time over ours; the median `stock_seconds` and
         `fusetune_seconds`; `stock_loss`, `fusetune_loss`, `stock_grad_norm`, `fusetune_grad_norm`; and `pairs`.
     """
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
-    stock, ours = contenders(model, dtype, max_grad_norm)
+    stock, ours = contenders(model, dtype, max_grad_norm, options)
     seen = agreement(stock, ours, batches[0])
     times: list[tuple[float, float]] = []
     for batch in batches:

@@ -50,6 +50,8 @@ def at_least_zero(default: float, help: str) -> Any:
 TASKS = ("sequence-classification", "causal-lm")
 METHODS = ("lora", "full", "head")
 QUANTIZE = ("nf4", "int8")
+OPTIM_STATES = ("float32", "bfloat16", "int8")
+MASTER_WEIGHTS = ("fp32", "split16")
 
 
 @dataclass
@@ -101,6 +103,18 @@ class TrainConfig:
     )
     weight_decay: float = at_least_zero(0.0, "AdamW's weight decay")
     max_grad_norm: float = at_least_zero(1.0, "clip gradients to this norm; 0 for not at all")
+    optim_state: str = option(
+        "float32", "how AdamW keeps its two states: 8, 4 or a little over 2 bytes a trained weight", OPTIM_STATES
+    )
+    master_weights: str | None = option(
+        None,
+        "train weights in bfloat16, which AdamW rounds from float32 ones: of those it keeps copies (fp32) or the lower"
+        " halves (split16) (default: none; trained weights are float32)",
+        MASTER_WEIGHTS,
+    )
+    stochastic_rounding: bool = option(
+        False, "train weights in bfloat16, which AdamW rounds up or down at random so that the mean is right"
+    )
     lora_r: int = positive(16, "rank of the adapters")
     lora_alpha: int | None = positive(None, "adapters are scaled by lora_alpha / lora_r (default: 2 lora_r)")
     lora_dropout: float = option(

@@ -67,8 +67,8 @@ def load(config: TrainConfig, texts: Texts) -> tuple[PreTrainedModel, PreTrained
     """The model for the task, its tokenizer, and notes for the user.
 
     Without a model_name that is MiniLM for classification, and a new small Llama for causal-lm. Under LoRA and head
-    training the frozen weights are held in the training precision; weights that are trained stay float32, and the
-    arithmetic is left to autocast.
+    training the frozen weights are held in the training precision; weights that are trained stay float32 until
+    `apply_peft`, and the arithmetic is left to autocast.
 
     Raises:
         UserError: the folder or hub id gives no such model.
@@ -144,6 +144,30 @@ def check_quantize(config: TrainConfig) -> None:
             f"config: method must be lora with quantize {config.quantize}, as only frozen weights can be quantized,"
             f" got {config.method}"
         )
+
+
+def weights_dtype(config: TrainConfig) -> torch.dtype:
+    """Of the weights that are trained: float32, unless AdamW can round them to bfloat16 without losing small updates.
+
+    Raises:
+        UserError: settings of the optimizer that do not go together.
+    """
+    given = {"master_weights": config.master_weights, "stochastic_rounding": config.stochastic_rounding}
+    names = [f"{name} {value}".removesuffix(" True") for name, value in given.items() if value]
+    if not config.patch:
+        names += [f"optim_state {config.optim_state}"] * (config.optim_state != "float32")
+        if names:
+            raise UserError(f"config: patch must be true with {names[0]}, which torch's AdamW lacks, got False")
+    if not names:
+        return torch.float32
+    if len(names) > 1:
+        raise UserError(
+            f"config: stochastic_rounding must be false with {names[0]}, which rounds nothing away, got True"
+        )
+    if (dtype := find_dtype(config)) != torch.bfloat16:
+        found = str(dtype).removeprefix("torch.")
+        raise UserError(f"config: dtype must be bfloat16 with {names[0]}, got {found}; pass --dtype bfloat16")
+    return dtype
 
 
 def quantize(model: nn.Module, quantize: str, dtype: torch.dtype | None = None) -> None:
@@ -233,16 +257,18 @@ def count_positions(model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase)
 
 def apply_peft(model: nn.Module, train_config: TrainConfig) -> nn.Module:
     """Makes what `train_config.method` says trainable: a PeftModel for `lora`; the model itself, its body frozen, for
-    `head`, or unchanged for `full`. With `train_config.quantize` its frozen linear layers are quantised first. Prints
-    the share of trainable parameters.
+    `head`, or unchanged for `full`. With `train_config.quantize` its frozen linear layers are quantised first. Trained
+    weights become float32, or bfloat16 with `master_weights` or `stochastic_rounding`. Prints the share of trainable
+    parameters.
 
     Raises:
-        UserError: nothing to adapt or to train, such as LoRA targets that the model lacks; or quantize with another
-            method than LoRA.
+        UserError: nothing to adapt or to train, such as LoRA targets that the model lacks; quantize with another method
+            than LoRA; or settings of the optimizer that do not go together.
     """
     from fusetune.nn.quantize import quantized_size
 
     check_quantize(train_config)
+    dtype = weights_dtype(train_config)
     if train_config.quantize:
         quantize(model, train_config.quantize)
     if train_config.method in (None, "lora"):
@@ -272,7 +298,7 @@ def apply_peft(model: nn.Module, train_config: TrainConfig) -> nn.Module:
             f"config: method {train_config.method!r} leaves nothing to train: the model has no weights of its own there"
         )
     for p in trained:
-        p.data = p.data.float()
+        p.data = p.data.to(dtype)
     size = quantized_size(model)
     if size.layers:
         print(

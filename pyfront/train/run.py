@@ -53,8 +53,9 @@ def main(train_config: TrainConfig | None = None, **settings: Any) -> dict[str, 
         `eval_step_metric` (batches of the last evaluation), `best_eval_loss`; `before` and `after` (all metrics of the
         first and the last evaluation), `bag_of_words` (of the default job) and `compare` (of `compare_steps`), or None;
         `quantized` (with `quantize`: layers, weights, bytes_before and bytes_now), or None;
-        `avg_epoch_time`, `avg_checkpoint_time`, `train_seconds`, `tokens_per_second`, `peak_memory_bytes`, `mfu`,
-        `global_step`, `model_dir` and `metrics_filename`. Times are in seconds.
+        `avg_epoch_time`, `avg_checkpoint_time`, `train_seconds`, `tokens_per_second`, `peak_memory_bytes`,
+        `optimizer_bytes` (the optimizer's state), `mfu`, `global_step`, `model_dir` and `metrics_filename`. Times are
+        in seconds.
 
     Raises:
         UserError: something is wrong with the settings, the data, the model or the disk, the loss is not finite, or
@@ -77,6 +78,7 @@ def _run(config: TrainConfig) -> dict[str, Any]:
     import transformers
 
     from fusetune.nn.quantize import quantized_size
+    from fusetune.optim import AdamW
     from fusetune.train import model as models
     from fusetune.train.recorder import RecordingTrainer, describe
 
@@ -106,6 +108,17 @@ def _run(config: TrainConfig) -> dict[str, Any]:
     for note in notes:
         print(f"note      {note}")
     prepared = models.apply_peft(model, config)
+    options = {
+        "state_dtype": config.optim_state,
+        "master_weights": config.master_weights,
+        "stochastic_rounding": config.stochastic_rounding,
+    }
+    if config.patch:
+        weights = str(models.weights_dtype(config)).removeprefix("torch.")
+        rounding = ", rounded stochastically" if config.stochastic_rounding else ""
+        kept = f" with {config.master_weights} master weights" if config.master_weights else rounding
+        clipping = f", clips to norm {config.max_grad_norm:g} in its step" if config.max_grad_norm else ""
+        print(f"optimizer fusetune.AdamW: {weights} weights{kept}, {config.optim_state} states{clipping}")
 
     trainer = RecordingTrainer(
         prepared,
@@ -114,6 +127,7 @@ def _run(config: TrainConfig) -> dict[str, Any]:
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
+        optimizer_cls_and_kwargs=(AdamW, options) if config.patch else None,
         patch=config.patch,
         classify=classify,
         group_by_length=classify or not config.packing,
@@ -149,12 +163,13 @@ def _run(config: TrainConfig) -> dict[str, Any]:
     result["model_dir"] = _save_model(prepared, tokenizer, texts.names, output, quantized)
     size = quantized_size(prepared)
     result["quantized"] = size._asdict() if size.layers else None
+    result["optimizer_bytes"] = _state_bytes(trainer)
     result.update(_speed(config, prepared, progress, device, dtype))
     if config.compare:
         from fusetune.train.compare import compare_steps
 
         batches = list(itertools.islice(trainer.get_train_dataloader(), 6))
-        result["compare"] = compare_steps(prepared, (6 * batches)[:6], device, dtype, config.max_grad_norm)
+        result["compare"] = compare_steps(prepared, (6 * batches)[:6], device, dtype, config.max_grad_norm, options)
     _print_summary(result)
     result["metrics_filename"] = str(output / "metrics.json")
     _write_json(output / "metrics.json", result)
@@ -201,7 +216,7 @@ def _find_checkpoint(config: TrainConfig, output: Path) -> str | None:
 
 def _set_defaults(config: TrainConfig) -> None:
     """Decides the settings that are None, by what is trained on what."""
-    from fusetune.train.model import check_quantize
+    from fusetune.train.model import check_quantize, weights_dtype
 
     new_model = config.model_name is None and config.task == "causal-lm"
     demo = config.model_name is None and config.dataset is None
@@ -209,6 +224,7 @@ def _set_defaults(config: TrainConfig) -> None:
     if new_model and config.method != "full":
         raise UserError(f"config: method must be full for a new model, got {config.method}; or pass --model")
     check_quantize(config)
+    weights_dtype(config)
     rates = {"lora": 1e-3 if demo else 5e-4, "full": 1e-3 if new_model else 5e-5, "head": 1e-3}
     config.lr = config.lr or rates[config.method]
     config.num_epochs = config.num_epochs or (1 if demo and not new_model else 3)
@@ -407,11 +423,21 @@ def _speed(
     }
 
 
+def _state_bytes(trainer: RecordingTrainer) -> int:
+    """What the optimizer keeps beside parameters and gradients; 0 where no step was left to do."""
+    import torch
+
+    states = trainer.optimizer.state.values() if trainer.optimizer else ()
+    tensors = {id(t): t for state in states for t in state.values() if isinstance(t, torch.Tensor)}
+    return sum(t.nbytes for t in tensors.values())
+
+
 def _print_summary(result: dict[str, Any]) -> None:
     print(
         f"speed     {result['train_seconds']:.0f} s for {result['global_step']} steps,"
         f" {result['tokens_per_second']:,.0f} tokens/s, MFU {100 * result['mfu']:.0f} %,"
-        f" peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB"
+        f" peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB,"
+        f" of which the optimizer's state {result['optimizer_bytes'] / 2**20:,.1f} MiB"
     )
     if quantized := result["quantized"]:
         saved = quantized["bytes_before"] - quantized["bytes_now"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,21 @@ from fusetune.optim import AdamW
 from fusetune.train.files import move_into_place
 
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
+_WHOLE_GRADIENTS = ("NO", "MULTI_CPU", "MULTI_GPU")  # what accelerate calls it where every process has all of them
+
+_log = logging.getLogger(__name__)
 
 
 class Trainer(transformers.Trainer):
     """A transformers.Trainer, with the same arguments and these differences:
 
     - The model is patched (`fusetune.patch`; the report is `trainer.patch_report`), and AdamW is fusetune's where
-      `args.optim` names torch's and no optimizer is passed; `patch=False` does neither.
+      `args.optim` names torch's and no optimizer is passed; `patch=False` does neither. Options of fusetune's go in as
+      `optimizer_cls_and_kwargs=(fusetune.AdamW, {"state_dtype": "int8"})`; what is not there is taken from `args`.
+    - A fusetune.AdamW that the trainer makes clips the gradients to `args.max_grad_norm` within its step, which saves
+      the passes over them. The `grad_norm` that is logged is as before, but until the step gradients are as backward
+      left them: callbacks see them unclipped and, in float16, scaled. An optimizer that is passed, another one that
+      `args.optim` names, one whose own options say `max_grad_norm`, FSDP and DeepSpeed leave clipping to transformers.
     - The loss is right under gradient accumulation for every model: the mean over all labels of the optimizer step, as
       if it were one batch. transformers sums the means of the forward passes where a model takes `num_items_in_batch`
       and ignores it, as BERT's and T5's do.
@@ -38,15 +47,19 @@ class Trainer(transformers.Trainer):
         self._patch = patch
         self._staging: Path | None = None  # stands for the output folder while a checkpoint is written
         self._divides_by_items: bool | None = None  # whether the loss honours num_items_in_batch; None: not measured
+        self._clipping: AdamW | None = None  # the optimizer that clips, and the norm that it will have found
+        self._grad_norm: Tensor | None = None
         self.patch_report: Any = None
         super().__init__(*args, **kwargs)
         if self.model_init is None:
             self._patch_model(self.model)
-        no_optimizer = self.optimizer is None and self.optimizer_cls_and_kwargs is None
-        if patch and no_optimizer and self.args.optim in _ADAMW:
+        chosen = self.optimizer_cls_and_kwargs
+        if chosen is None and patch and self.optimizer is None and self.args.optim in _ADAMW:
+            chosen = (AdamW, {})
+        if chosen is not None and chosen[0] is AdamW:
             betas = (self.args.adam_beta1, self.args.adam_beta2)
             settings = {"lr": self.args.learning_rate, "betas": betas, "eps": self.args.adam_epsilon}
-            self.optimizer_cls_and_kwargs = (AdamW, settings)
+            self.optimizer_cls_and_kwargs = (AdamW, settings | chosen[1])
 
     def _patch_model(self, model: nn.Module) -> None:
         if self._patch:
@@ -58,6 +71,37 @@ class Trainer(transformers.Trainer):
         model: nn.Module = super().call_model_init(trial)
         self._patch_model(model)
         return model
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        passed = self.optimizer is not None
+        optimizer: Any = super().create_optimizer(*args, **kwargs)
+        ours = not passed and isinstance(optimizer, AdamW) and "max_grad_norm" not in optimizer.defaults
+        if ours and self.accelerator.distributed_type in _WHOLE_GRADIENTS:
+            self._clipping = optimizer
+            optimizer.register_step_post_hook(self._after_step)
+            _log.info("gradients are clipped to max_grad_norm within the step of fusetune.AdamW")
+        return optimizer
+
+    def _clip_in_step(self, max_grad_norm: float) -> Tensor | None:
+        """Has the coming step clip: the norm, a number once that is done. None where the optimizer is another one."""
+        if self._clipping is None or getattr(self.optimizer, "optimizer", self.optimizer) is not self._clipping:
+            return None
+        self._clipping.defaults["max_grad_norm"] = max_grad_norm
+        self._grad_norm = torch.full((), torch.nan, device=self.args.device)
+        return self._grad_norm
+
+    def _after_step(self, optimizer: AdamW, *_: Any) -> None:
+        if self._grad_norm is not None and optimizer.grad_norm is not None:
+            self._grad_norm.copy_(optimizer.grad_norm)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = self._clip_in_step(self.args.max_grad_norm)
+        return super()._clip_grad_norm(model) if norm is None else norm  # type: ignore[no-untyped-call]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None:  # max_grad_norm is 0: the norm alone
+            grad_norm = self._clip_in_step(torch.inf)
+        return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
