@@ -120,16 +120,12 @@ __device__ void round_randomly(float (&x)[kEach], uint64_t seed, uint64_t row, i
   }
 }
 
-__device__ float decoded(const AdamwCodes<1>& t, uint8_t code, float absmax) {
-  const float f = fabsf((float)(code - 127));
+template <int kFirst>
+__device__ float decoded(const AdamwCodes<kFirst>& t, uint8_t code, float absmax) {
+  const float f = (float)(kFirst == 2 ? code + 1 : code - 127);  // with the value's sign
   const int i = __float_as_int(f) >> 23 & 15;
-  const float value = fmaf(t.slope[i] * absmax, f, t.offset[i] * absmax);
-  return code == 127 ? 0 : code < 127 ? -value : value;
-}
-__device__ float decoded(const AdamwCodes<2>& t, uint8_t code, float absmax) {
-  const float f = (float)(code + 1);
-  const int i = __float_as_int(f) >> 23 & 15;
-  return fmaf(t.slope[i] * absmax, f, t.offset[i] * absmax);
+  const float offset = t.offset[i] * absmax;
+  return f == 0 ? 0 : fmaf(t.slope[i] * absmax, f, f < 0 ? -offset : offset);
 }
 
 // f of x = |value| / absmax; all below 2^-23 are 0.
