@@ -54,7 +54,7 @@ class TensorReader {
  private:
   // After a training step the tensors are in no cache, and reading one waits for memory several times. A tensor's object
   // has a pointer to what it wraps after its head: what is fetched in vain does no harm.
-  static constexpr Py_ssize_t kAhead = 8;
+  static constexpr Py_ssize_t kAhead = 4;
   static bool prefetch(PyObject* object) {
     if (Py_TYPE(object)->tp_basicsize < (Py_ssize_t)(sizeof(PyObject) + 2 * sizeof(void*))) return true;
     for (int word = 0; word < 2; word++) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from array import array
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -195,15 +196,14 @@ class Table:
         check_scalar("adamw_grad_norm", "grad_scale", grad_scale, self.device)
         backend = choose("adamw", self.device)
         norm = torch.empty((), dtype=torch.float32, device=self.device)
-        table, scale = self._tensor(), _native.address(grad_scale)
+        scale = _native.address(grad_scale)
         if backend == "cpu":
-            _native.extension().adamw_grad_norm(
-                table.data_ptr(), len(self.rows), scale, norm.data_ptr(), _native.threads()
-            )
+            address = self._values.buffer_info()[0]
+            _native.extension().adamw_grad_norm(address, len(self.rows), scale, norm.data_ptr(), _native.threads())
         elif backend == "cuda":
             extension = _native.extension()
             with _native.current_stream(self.device) as stream:
-                table = kernel_device.to_device(table, self.device)
+                table = kernel_device.to_device(self._tensor(), self.device)
                 size = extension.cuda_adamw_grad_norm_workspace()
                 workspace = torch.empty(size, dtype=torch.float64, device=self.device)
                 extension.cuda_adamw_grad_norm(
@@ -212,7 +212,7 @@ class Table:
         elif backend == "triton":
             from fusetune.kernels import adamw as triton_adamw
 
-            triton_adamw.grad_norm(table, self.device, grad_scale, norm)
+            triton_adamw.grad_norm(self._tensor(), self.device, grad_scale, norm)
         else:
             from fusetune.ops.adamw import adamw_grad_norm_reference
 
@@ -238,28 +238,27 @@ class Table:
         backend = choose("adamw", self.device)
         if backend == "reference":
             self._reference(hypers, grad_scale, found_inf, grad_norm, max_grad_norm)
+        elif backend == "triton":
+            from fusetune.kernels import adamw as triton_adamw
+
+            scalars = torch.tensor(hypers, dtype=torch.float64)
+            triton_adamw.step(self._tensor(), scalars, self.device, grad_scale, found_inf, grad_norm, max_grad_norm)
         else:
-            table, scalars = self._tensor(), torch.tensor(hypers, dtype=torch.float64)
             options = (*map(_native.address, (grad_scale, found_inf, grad_norm)), max_grad_norm)
-            if backend == "cpu":
-                _native.extension().adamw_step(
-                    table.data_ptr(), len(self.rows), scalars.data_ptr(), *options, _native.threads()
-                )
-            elif backend == "cuda":
+            rows, flat = len(self.rows), array("d", chain.from_iterable(hypers))
+            if backend == "cpu":  # without a torch function, which costs tens of microseconds where it is in no cache
+                addresses = self._values.buffer_info()[0], rows, flat.buffer_info()[0]
+                _native.extension().adamw_step(*addresses, *options, _native.threads())
+            else:
                 with _native.current_stream(self.device) as stream:
                     table, scalars = (
-                        kernel_device.to_device(table, self.device),
-                        kernel_device.to_device(scalars, self.device),
+                        kernel_device.to_device(t, self.device)
+                        for t in (self._tensor(), torch.frombuffer(flat, dtype=torch.float64))
                     )
-                    workspace = torch.empty(len(self.rows), WORKSPACE, dtype=torch.uint8, device=self.device)
+                    workspace = torch.empty(rows, WORKSPACE, dtype=torch.uint8, device=self.device)
                     _native.extension().cuda_adamw_step(
-                        *(table.data_ptr(), len(self.rows), scalars.data_ptr(), *options),
-                        *(workspace.data_ptr(), stream),
+                        *(table.data_ptr(), rows, scalars.data_ptr(), *options, workspace.data_ptr(), stream)
                     )
-            else:
-                from fusetune.kernels import adamw as triton_adamw
-
-                triton_adamw.step(table, scalars, self.device, grad_scale, found_inf, grad_norm, max_grad_norm)
         for original, copy in self._copies:
             original.copy_(copy)
 
