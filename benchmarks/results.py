@@ -197,7 +197,7 @@ def beside(row: Row) -> list[str]:
             else f"{row['gbs']} GB/s"
         )
     if "grad_norm" in row:
-        said.append(f"gradient norm {row['grad_norm']:g}")
+        said.append(f"gradient norm {row['grad_norm']:.7g} (stock {row['stock_grad_norm']:.7g})")
     if "speedup_over_bitsandbytes" in row and row["op"] == "adamw_forms":
         said.append(f"{row['speedup_over_bitsandbytes']:.1f}× bitsandbytes' AdamW8bit")
     if "speedup_over_foreach" in row:

@@ -428,14 +428,16 @@ FUSETUNE_INLINE void store_pair_bfloat16(uint16_t* p, Pair x, bool may_be_nan) {
     a |= (u32v)(x.a != x.a) & 0x7FC00000u;
     b |= (u32v)(x.b != x.b) & 0x7FC00000u;
   }
-  a >>= 16;
-  b >>= 16;
 #if FUSETUNE_X86 && defined(__AVX512F__)
-  _mm512_storeu_si512(p, _mm512_packus_epi32((__m512i)a, (__m512i)b));
+  // The upper halves, four of a and four of b in turn.
+  alignas(64) static constexpr uint16_t kUpper[] = {1,  3,  5,  7,  33, 35, 37, 39, 9,  11, 13, 15, 41, 43, 45, 47,
+                                                    17, 19, 21, 23, 49, 51, 53, 55, 25, 27, 29, 31, 57, 59, 61, 63};
+  const __m512i words = _mm512_load_si512(kUpper);
+  _mm512_storeu_si512(p, _mm512_permutex2var_epi16((__m512i)a, words, (__m512i)b));
 #elif FUSETUNE_X86
-  _mm256_storeu_si256((__m256i*)p, _mm256_packus_epi32((__m256i)a, (__m256i)b));
+  _mm256_storeu_si256((__m256i*)p, _mm256_packus_epi32((__m256i)(a >> 16), (__m256i)(b >> 16)));
 #else
-  u16v low = narrow(a), high = narrow(b);
+  u16v low = narrow(a >> 16), high = narrow(b >> 16);
   memcpy(p, &low, sizeof low);
   memcpy(p + W, &high, sizeof high);
 #endif
