@@ -69,7 +69,7 @@ def read_tensors(objects: list[Any], out: array[int]) -> bool:
     if api is not None:
         address = out.buffer_info()[0]
         return bool(extension().read_tensors(api, torch.Tensor, torch.nn.Parameter, objects, address, room))
-    # torch before 2.10
+    # a torch that lacks the API
     tensors = [t for o in objects for t in (o.values() if isinstance(o, dict) else (o,))]
     if len(tensors) != room or not all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors):
         return False

@@ -233,7 +233,6 @@ def assert_nearest(codes, absmax, x, signed):
         (BF16, BF16, "stochastic"),
         (BF16, FP32, "stochastic"),
         (BF16, CODES, "stochastic"),
-        (FP32, BF16, "stochastic"),
     ],
     ids=str,
 )

@@ -103,7 +103,7 @@ ADAMW = {  # dtype, m and v's code, how the parameter is kept, amsgrad, aligned
     "adamw fp32": (torch.float32, 0, PLAIN, False, True),
     "adamw fp32, amsgrad, unaligned": (torch.float32, 0, PLAIN, True, False),
     "adamw fp32, 8 bits": (torch.float32, INT8, PLAIN, False, True),
-    "adamw fp32, bf16 states, stochastic": (torch.float32, 1, STOCHASTIC, True, True),
+    "adamw fp32, bf16 states": (torch.float32, 1, PLAIN, True, True),
     "adamw bf16": (torch.bfloat16, 1, PLAIN, False, True),
     "adamw bf16, stochastic": (torch.bfloat16, 1, STOCHASTIC, True, True),
     "adamw bf16, stochastic, unaligned": (torch.bfloat16, 1, STOCHASTIC, True, False),
