@@ -44,6 +44,7 @@
 #pragma once
 
 #include <math.h>
+#include <string.h>
 
 #include <cstdint>
 
@@ -134,9 +135,9 @@ struct AdamwCodes {
   alignas(64) float slope[16], offset[16];
   // f = min(round(inverse_slope x + inverse_offset), last) of x = value / absmax, by piece;
   alignas(64) float inverse_slope[16], inverse_offset[16], last[16];
-  // by the lowest 5 bits of x's exponent, the piece of the power of two itself, and from where on it is the next one
+  // by the lowest 5 bits of x's exponent, from where on it is the next piece after that of the power of two itself; the
+  // latter is in the lowest 4 bits, for which the float is rounded to the nearest that has them (by 2^-21 at most)
   alignas(64) float next[32];
-  alignas(64) int32_t piece[32];
 
   static AdamwCodes make() {
     AdamwCodes t = {};
@@ -160,8 +161,11 @@ struct AdamwCodes {
     for (int exponent = 127; exponent > 127 - 24; exponent--, power /= 2) {
       int p = 0;
       while (p < kOne && begin[p + 1] <= power) p++;
-      t.piece[exponent & 31] = p;
-      t.next[exponent & 31] = p < kOne ? (float)begin[p + 1] : 2;
+      const float next = p < kOne ? (float)begin[p + 1] : 2;
+      int32_t bits;
+      memcpy(&bits, &next, 4);
+      bits = (bits - p + 8) / 16 * 16 + p;
+      memcpy(&t.next[exponent & 31], &bits, 4);
     }
     return t;
   }

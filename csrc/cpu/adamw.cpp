@@ -27,15 +27,15 @@ struct Half {
   using Element = uint16_t;
   static Pair load(const uint16_t* p) { return {load_as_float(p, kDtype), load_as_float(p + W, kDtype)}; }
   static void store(uint16_t* p, Pair x, bool may_be_nan) {
-    u16v v[2];
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 2; i++) {  // each half by itself: a load of both would wait for their stores
       const f32v half = i ? x.b : x.a;
+      u16v v;
       if (kDtype == kFloat16)
-        v[i] = to_float16(half);
+        v = to_float16(half);
       else
-        v[i] = may_be_nan ? to_bfloat16(half) : narrow(rounded_to_bfloat16(half) >> 16);
+        v = may_be_nan ? to_bfloat16(half) : narrow(rounded_to_bfloat16(half) >> 16);
+      memcpy(p + i * W, &v, sizeof v);
     }
-    memcpy(p, v, sizeof v);
   }
 };
 using BFloat16 = Half<kBFloat16>;
@@ -194,7 +194,9 @@ struct Codes {
 
 // A block of 256 elements: p, m, v, then the codes of m and v.
 template <class P, int kWeights>
-void update_block(const AdamwScalars& s, const At<P, Codes>& t, float* absmax, float* absmax_sq, const Random* random) {
+void update_block(const AdamwScalars& scalars, const At<P, Codes>& t, float* absmax, float* absmax_sq,
+                  const Random* random) {
+  const AdamwScalars s = scalars;
   static const auto signed_tables = SignedCodes::Tables::make();
   static const auto unsigned_tables = UnsignedCodes::Tables::make();
   alignas(64) float m[kQuantBlock], v[kQuantBlock];
@@ -276,7 +278,6 @@ void update_item(const Item& item) {
 template <class P, int kWeights>
 void update_coded_item(const Item& item) {
   constexpr int kWide = kWideSize<kWeights>;
-  const AdamwScalars s = item.scalars;
   const At<P, Codes> t = item.at<P, Codes>(kWide);
   float* const absmax = (float*)item.column(kAbsmax) + item.begin / kQuantBlock;
   float* const absmax_sq = (float*)item.column(kAbsmaxSq) + item.begin / kQuantBlock;
@@ -286,7 +287,7 @@ void update_coded_item(const Item& item) {
     if (kWeights == kStochastic)
       for (int j = 0; j < kQuantBlock / kMaskGroup; j++) item.make(random[j], item.begin + i + j * kMaskGroup, 1);
     const auto update = [&](const At<P, Codes>& at) {
-      update_block<P, kWeights>(s, at, absmax + i / kQuantBlock, absmax_sq + i / kQuantBlock, random);
+      update_block<P, kWeights>(item.scalars, at, absmax + i / kQuantBlock, absmax_sq + i / kQuantBlock, random);
     };
     const At<P, Codes> at = moved(t, i, kWide);
     if (i + kQuantBlock <= n)
@@ -299,7 +300,7 @@ void update_coded_item(const Item& item) {
   }
 }
 
-// f(param storage, moments' storage) of a format; moments of p's own type first.
+// An item in its format.
 void update(const Item& item) {
 #define CASE(dtype, P, state, M, weights) \
   case adamw_format(dtype, state, weights): return update_item<P, M, weights>(item);

@@ -10,8 +10,8 @@ namespace fusetune::cpu::FUSETUNE_LEVEL {
 template <int kFirst>
 FUSETUNE_INLINE f32v number(const AdamwCodes<kFirst>& t, f32v x) {
   x = max(splat(0x1p-23f), x);
-  const i32v exponent = (i32v)x >> 23;
-  const i32v p = (i32v)lookup32((const float*)t.piece, exponent) - (i32v)(x >= lookup32(t.next, exponent));
+  const f32v next = lookup32(t.next, (i32v)x >> 23);
+  const i32v p = (i32v)next - (i32v)(x >= next);
   return min(fma(lookup16(t.inverse_slope, p), x, lookup16(t.inverse_offset, p)), lookup16(t.last, p));
 }
 
@@ -85,7 +85,8 @@ float encode_block(const typename Codes::Tables& tables, float* x, u32v bits, ui
     for (int i = 0; i < kQuantBlock; i++) x[i] *= 0x1p64f;
   }
   const float inverse = 1 / scaled;
-  for (int i = 0; i < kQuantBlock; i += W) store_bytes(codes + i, Codes::encode(tables, load(x + i) * inverse));
+  const typename Codes::Tables t = tables;  // a copy, which no store may change: it stays in registers
+  for (int i = 0; i < kQuantBlock; i += W) store_bytes(codes + i, Codes::encode(t, load(x + i) * inverse));
   return absmax;
 }
 

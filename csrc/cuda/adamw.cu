@@ -132,8 +132,8 @@ __device__ float decoded(const AdamwCodes<kFirst>& t, uint8_t code, float absmax
 template <int kFirst>
 __device__ int number_of(const AdamwCodes<kFirst>& t, float x) {
   x = max(x, 0x1p-23f);
-  const int i = __float_as_int(x) >> 23 & 31;
-  const int p = t.piece[i] + (x >= t.next[i]);
+  const float next = t.next[__float_as_int(x) >> 23 & 31];
+  const int p = (__float_as_int(next) & 15) + (x >= next);
   return (int)rintf(min(fmaf(t.inverse_slope[p], x, t.inverse_offset[p]), t.last[p]));
 }
 
