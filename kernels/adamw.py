@@ -43,17 +43,6 @@ QUANT_BLOCK = tl.constexpr(256)
 SUM_BLOCK = 4096
 
 
-def dynamic_map(signed: bool) -> list[float]:
-    first = 0 if signed else 1  # log2 of the number of codes in the lowest decade
-    values = [
-        10.0 ** (d - 6) * (0.1 + 0.9 * (j + 0.5) / 2 ** (d + first)) for d in range(7) for j in range(2 ** (d + first))
-    ]
-    return [*([-value for value in reversed(values)] if signed else []), 0.0, *values, 1.0]
-
-
-MAPS = torch.tensor([dynamic_map(True), dynamic_map(False)], dtype=torch.float32)  # what codes stand for
-
-
 @triton.jit(do_not_specialize=["rows"])
 def scalars_kernel(table, rows, hypers, scalars, found_inf, grad_norm, max_grad_norm, ROWS: tl.constexpr):
     """Scalars of every row of the table, in float64 and rounded once; increments the step counts."""
@@ -309,6 +298,7 @@ def lay_out(table: Tensor, device: torch.device, *more: Tensor) -> tuple[list[Te
 def step(
     table: Tensor,
     hypers: Tensor,
+    maps: Tensor,
     device: torch.device,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
@@ -320,12 +310,13 @@ def step(
     Args:
         table: int64 [columns, rows] on the CPU, as csrc/adamw.h has it.
         hypers: float64 [groups, HYPERS] on the CPU.
+        maps: float32 [2, 256] on the CPU, what the codes of m and v stand for.
         device: where the tensors are.
         grad_scale, found_inf, grad_norm: one-element float32 on `device`, or None.
         max_grad_norm: of the clipping, where there is a `grad_norm`.
     """
     rows = table.shape[1]
-    (table, first_item, hypers, maps), kinds = lay_out(table, device, hypers, MAPS)
+    (table, first_item, hypers, maps), kinds = lay_out(table, device, hypers, maps)
     scalars = torch.empty(rows, SCALARS.value, device=device)
     with guard(device):
         scalars_kernel[(triton.cdiv(rows, SCALAR_ROWS),)](

@@ -36,7 +36,6 @@ from steps import (
 )
 
 from fusetune.ops import adamw_grad_norm
-from fusetune.ops._adamw_table import HYPERS as HYPER_NAMES
 from fusetune.ops._adamw_table import Table
 from fusetune.ops.philox import random_bits
 from fusetune.ops.quantize import dynamic_map
@@ -115,7 +114,12 @@ def test_rows_of_all_formats_step_together_as_they_do_alone(backend):
     alone = [copied(row) for row in rows]
     groups = [{**HYPERS, "maximize": False}, {**HYPERS, "lr": 0.1, "beta1": 0.4, "weight_decay": 0.0, "maximize": True}]
     table = Table([table_row(row, group=i % 2, key=key) for i, (row, key) in enumerate(zip(rows, keys, strict=True))])
-    table.step([[float(group[name]) for name in HYPER_NAMES] for group in groups])
+    table.step(
+        [
+            [float(group[name]) for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize")]
+            for group in groups
+        ]
+    )
     for i, (row, other, key) in enumerate(zip(rows, alone, keys, strict=True)):
         step_rows([other], amsgrad="largest" in other, keys=[] if key is None else [key], **groups[i % 2])
         for name, x in row.items():

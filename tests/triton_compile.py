@@ -121,7 +121,7 @@ def adamw_case(dtype: torch.dtype, state: int, weights: int, amsgrad: bool, alig
     row = [address] * 4 + [address if amsgrad else 0] + [address] * 5
     row += [4096, DTYPES[dtype] | state << 4 | weights << 8, 0, 1]
     table, one = torch.tensor(row)[:, None], torch.ones(1)
-    adamw.step(table, torch.zeros(1, 6, dtype=torch.float64), one.device, one, one, one, 1.0)
+    adamw.step(table, torch.zeros(1, 6, dtype=torch.float64), torch.zeros(2, 256), one.device, one, one, one, 1.0)
     adamw.grad_norm(table, one.device, one, one)
 
 

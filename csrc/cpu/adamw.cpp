@@ -339,33 +339,40 @@ void update(const Item& item) {
 struct Items {
   const int64_t* table;
   int64_t rows;
-  Buffer<int64_t> first;  // item of each row
-  int64_t elements = 0;
+  Buffer<int64_t> items, elements;  // before each row, and in all
 
-  Items(const int64_t* table, int64_t rows) : table(table), rows(rows), first(rows + 1) {
-    first[0] = 0;
+  Items(const int64_t* table, int64_t rows) : table(table), rows(rows), items(rows + 1), elements(rows + 1) {
+    items[0] = elements[0] = 0;
     for (int64_t r = 0; r < rows; r++) {
       const int64_t numel = table[kNumel * rows + r];
-      first[r + 1] = first[r] + (numel + kItem - 1) / kItem;
-      elements += numel;
+      items[r + 1] = items[r] + (numel + kItem - 1) / kItem;
+      elements[r + 1] = elements[r] + numel;
     }
   }
-  int64_t count() const { return first[rows]; }
-  int64_t row_of(int64_t item) const {
+  int64_t count() const { return items[rows]; }
+  int threads(int wanted) const { return elements[rows] < 32768 ? 1 : wanted; }
+
+  // The last row that begins at `at` or before.
+  int64_t row_of(const Buffer<int64_t>& begins, int64_t at) const {
     int64_t low = 0, high = rows;
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
-      (first[middle] <= item ? low : high) = middle;
+      (begins[middle] <= at ? low : high) = middle;
     }
     return low;
   }
   void range(int64_t item, int64_t& row, int64_t& begin, int64_t& end) const {
-    row = row_of(item);
-    begin = (item - first[row]) * kItem;
+    row = row_of(items, item);
+    begin = (item - items[row]) * kItem;
     const int64_t numel = table[kNumel * rows + row];
     end = numel < begin + kItem ? numel : begin + kItem;
   }
-  int threads(int wanted) const { return elements < 32768 ? 1 : wanted; }
+  // Equal shares of the elements, as the bytes of an element differ little within a set.
+  int64_t first_of(int thread, int threads) const {
+    if (thread == threads) return count();
+    const int64_t element = elements[rows] * thread / threads, row = row_of(elements, element);
+    return items[row] + (element - elements[row]) / kItem;
+  }
 };
 
 double sum_of_squares(const void* p, int dtype, int64_t n);
@@ -387,25 +394,14 @@ void adamw_step(const int64_t* table, int64_t rows, const double* hypers, const 
     scalars[r] = as_before ? scalars[r - 1]
                            : adamw_scalars(hyper, hyper[kLearningRate], step, grad_scale, grad_norm, max_grad_norm);
   }
-  // Equal shares of the elements, as the bytes of an element differ little within a set.
-  const Buffer<int64_t> before(rows + 1);
-  before[0] = 0;
-  for (int64_t r = 0; r < rows; r++) before[r + 1] = before[r] + table[kNumel * rows + r];
-  const auto first_of = [&](int thread, int count) {
-    const int64_t element = items.elements * thread / count;
-    int64_t low = 0, high = rows;
-    while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
-      (before[middle] <= element ? low : high) = middle;
-    }
-    return thread == count ? items.count() : items.first[low] + (element - before[low]) / kItem;
-  };
+  const auto first_of = [&](int thread, int count) { return items.first_of(thread, count); };
   const auto body = [&](int64_t item, float*) {
     int64_t row, begin, end;
     items.range(item, row, begin, end);
     update({scalars[row], table, rows, row, begin, end});
   };
-  parallel(items.threads(threads), 0, Shares(items.count(), first_of, body));
+  threads = items.threads(threads);
+  parallel(threads, 0, Shares(threads, items.count(), first_of, body));
 }
 
 void adamw_grad_norm(const int64_t* table, int64_t rows, const float* grad_scale, float* norm, int threads) {

@@ -52,11 +52,12 @@ struct Shares {
   int64_t count;
   FirstOf first_of;  // first_of(0, T) is 0, first_of(T, T) is count
   Body body;
-  static constexpr int kMost = 1024, kApart = 8;  // threads, and 64 bytes between their counters
-  const Buffer<int64_t> taken{kMost * kApart};
+  static constexpr int kApart = 8;  // counters, one a thread, in cache lines of their own
+  const Buffer<int64_t> taken;
 
-  Shares(int64_t count, FirstOf first_of, Body body) : count(count), first_of(first_of), body(body) {
-    memset(taken.p, 0, kMost * kApart * sizeof(int64_t));
+  Shares(int threads, int64_t count, FirstOf first_of, Body body)
+      : count(count), first_of(first_of), body(body), taken(threads * kApart) {
+    memset(taken.p, 0, threads * kApart * sizeof(int64_t));
   }
   void run(float* scratch) {
     const int threads = omp_get_num_threads(), mine = omp_get_thread_num();

@@ -15,11 +15,12 @@ from fusetune import _native
 from fusetune._check import check, check_device, check_dtype
 from fusetune.backend import choose
 from fusetune.kernels import device as kernel_device
+from fusetune.ops.quantize import dynamic_map
 
 OP = "adamw_step"
 INT8 = 3  # code of 8-bit states, beside those of csrc/dtype.h
 PLAIN, STOCHASTIC, MASTER, SPLIT = range(4)  # how a parameter is kept
-HYPERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize")
+BLOCK = 256  # elements that share an absmax, as in bitsandbytes
 
 
 class Row(NamedTuple):
@@ -40,8 +41,7 @@ class Row(NamedTuple):
 
 
 ADDRESSES = 10
-NUMEL, FORMAT, GROUP, KEY = range(ADDRESSES, ADDRESSES + 4)
-COLUMNS = ADDRESSES + 4
+COLUMNS = ADDRESSES + 4  # and the number of elements, the format, group and key
 
 
 def row_format(row: Row) -> int:
@@ -96,7 +96,7 @@ def check_row(row: Row, device: torch.device) -> None:
         NotImplementedError,
         f"{OP}: amsgrad must be False with 8-bit states, got True",
     )
-    blocks = -(-p.numel() // 256)
+    blocks = -(-p.numel() // BLOCK)
     for name, tensor in (("absmaxs", row.absmax), ("absmax_sqs", row.absmax_sq)):
         check((tensor is not None) == coded, ValueError, f"{OP}: {name} must be given with 8-bit states, and only then")
         if tensor is not None:
@@ -230,7 +230,7 @@ class Table:
         """Steps every tensor of the table.
 
         Args:
-            hypers: the values of HYPERS for each group.
+            hypers: lr, beta1, beta2, eps, weight_decay and maximize of each group.
             grad_scale, found_inf, grad_norm, max_grad_norm: as in `adamw_step`.
         """
         for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf), ("grad_norm", grad_norm)):
@@ -242,7 +242,9 @@ class Table:
             from fusetune.kernels import adamw as triton_adamw
 
             scalars = torch.tensor(hypers, dtype=torch.float64)
-            triton_adamw.step(self._tensor(), scalars, self.device, grad_scale, found_inf, grad_norm, max_grad_norm)
+            maps = torch.stack([dynamic_map(True), dynamic_map(False)])
+            scaling = grad_scale, found_inf, grad_norm, max_grad_norm
+            triton_adamw.step(self._tensor(), scalars, maps, self.device, *scaling)
         else:
             options = (*map(_native.address, (grad_scale, found_inf, grad_norm)), max_grad_norm)
             rows, flat = len(self.rows), array("d", chain.from_iterable(hypers))

@@ -9,11 +9,9 @@ from torch import Tensor
 
 from fusetune._check import check
 from fusetune._register import register
-from fusetune.ops._adamw_table import Row, Table
+from fusetune.ops._adamw_table import BLOCK, Row, Table
 from fusetune.ops.philox import random_bits
 from fusetune.ops.quantize import dynamic_map
-
-BLOCK = 256  # elements that share an absmax, as in bitsandbytes
 
 
 def adamw_step(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fusetune._check import check
-from fusetune.ops.adamw import BLOCK, join, quantize_state
+from fusetune.ops._adamw_table import BLOCK
+from fusetune.ops.adamw import join, quantize_state
 from fusetune.ops.quantize import dynamic_map
 from fusetune.optim._distributed import is_dtensor, like, local
 
